@@ -5,4 +5,8 @@ d = { 'settings': { 'branch': 'main',
                 'doc_host': 'https://phi4-ref.github.io',
                 'git_url': 'https://github.com/phi4-ref/phi4_ref',
                 'lib_path': 'phi4_ref'},
-  'syms': {}}
+  'syms': { 'phi4_ref.records': { 'phi4_ref.records.check_row': ('records.html#check_row', 'phi4_ref/records.py'),
+                                  'phi4_ref.records.load': ('records.html#load', 'phi4_ref/records.py'),
+                                  'phi4_ref.records.load_json': ('records.html#load_json', 'phi4_ref/records.py'),
+                                  'phi4_ref.records.save': ('records.html#save', 'phi4_ref/records.py'),
+                                  'phi4_ref.records.save_json': ('records.html#save_json', 'phi4_ref/records.py')}}}
