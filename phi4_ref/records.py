@@ -11,7 +11,9 @@ import json
 import os
 from pathlib import Path
 
-from datasets import Dataset, Features, List, Value
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, List, Value
 
 # %% ../nbs/02_records.ipynb #04437c13
 TEXT, IDS = Value("string"), List(Value("int32"))
@@ -53,7 +55,7 @@ def save(
     rows = [check_row(row, features, f"{path.name}[{i}]") if "meta" in features else row for i, row in enumerate(rows)]
     columns = {name: [row[name] for row in rows] for name in features}
     part = path.with_name(path.name + ".part")
-    Dataset.from_dict(columns, features=features).to_parquet(part)
+    pq.write_table(pa.Table.from_pydict(columns, schema=features.arrow_schema), part)
     os.replace(part, path)
     return path
 
@@ -63,7 +65,6 @@ def load(
     features:Features|None=None,  # columns to demand; None takes what is there
 )->list[dict]:                 # records, `meta` as a dict
     "Read records. FileNotFoundError or ValueError names the file and what is wrong with it."
-    import pyarrow.parquet as pq
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no file {path}: has the stage that writes it run?")
     try: rows = pq.read_table(path).to_pylist()
@@ -87,7 +88,7 @@ def save_json(
     os.replace(part, path)
     return path
 
-#| export
+# %% ../nbs/02_records.ipynb #e7780a83
 def load_json(
     path:str|Path,  # a file made by `save_json`
 ):                  # its value
