@@ -122,6 +122,7 @@ def build(
     "Run a stage once: skip it if done, continue it if begun, refuse it if different."
     folder, start = Path(folder), time.time()
     partial = folder.with_name(folder.name + ".partial")
+    if (partial/"manifest.json").exists(): publish(partial, folder)  # killed between the last two renames
     for name, path in inputs.items():
         if finished(Path(path)) is None: raise FileNotFoundError(f"stage {folder.name} needs {path}, which is not finished: run the stage {name} first")
     asked = {"config": json.loads(json.dumps(config)), "inputs": {n: finished(Path(p))["fingerprint"] for n, p in inputs.items()}}
@@ -131,7 +132,6 @@ def build(
     if (partial/"started.json").exists():
         if force and differences(load_json(partial/"started.json"), asked): shutil.rmtree(partial)
         else: refuse_if_different(load_json(partial/"started.json"), asked, partial)
-    elif (partial/"manifest.json").exists(): return publish(partial, folder)
     elif partial.exists(): shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     earlier = load_json(partial/"started.json").get("seconds", 0) if (partial/"started.json").exists() else 0
