@@ -124,8 +124,8 @@ def test_many_copies_and_many_look_alikes_cost_linearly(monkeypatch):
     assert sum(compared) < 2000 * 2
     compared.clear()
     monkeypatch.setattr(dedup, '_BUCKET', 5)
-    near_duplicates([page + ' ' + text(rng, 60) for _ in range(1000)])
-    assert 5 < max(compared) <= 5 * (128 // band_rows(0.8, 128))
+    near_duplicates([text(random.Random(0), 120) + ' ' + text(rng, 25) for _ in range(1000)])
+    assert 20 < max(compared) <= 5 * (128 // band_rows(0.8, 128))
 
 
 def test_operators_and_cjk_characters_are_words():
