@@ -51,7 +51,8 @@ def wilson(
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return Interval(p, max(0., (centre - half) / scale), min(1., (centre + half) / scale), n)
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return Interval(p, min(p, max(0., low)), max(p, min(1., high)), n)
 
 # %% ../../nbs/60_eval.stats.ipynb #faff4853
 def cluster_index(
