@@ -8,12 +8,13 @@ __all__ = ['OUTCOMES', 'GRADERS', 'Grade', 'attempted', 'numeric', 'sub_em', 'co
 
 # %% ../../nbs/61_eval.tasks.ipynb #8e1602b8
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from ..post.oracle import ARRIVED, answer_oracle, contains_answer, is_refusal, program
-from ..synth.sandbox import run_many
+from ..post.oracle import answer_oracle, contains_answer, is_refusal, passes_tests
 
 # %% ../../nbs/61_eval.tasks.ipynb #82b031ed
 OUTCOMES = ('correct', 'not attempted', 'incorrect')  # phi-4 Figure 6
@@ -65,8 +66,8 @@ def code(
     timeout_s:float=5.     # wall clock a program, seconds
 )->list[Grade]:
     "Run each reply with its tests (phi-4 §4.3: test suite)."
-    results = run_many([program(q, r) for q, r in zip(questions, replies, strict=True)], timeout_s=timeout_s)
-    passed = [r.ok and r.stdout.rstrip().endswith(ARRIVED) for r in results]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait: each program is a process of its own
+        passed = list(pool.map(lambda q, r: passes_tests(q, r, timeout_s), questions, replies))
     outcomes = [attempted(ok, reply) for ok, reply in zip(passed, replies)]
     return [Grade(float(o == 'correct'), o) for o in outcomes]
 
