@@ -129,7 +129,7 @@ def test_many_copies_and_many_look_alikes_cost_linearly(monkeypatch):
 
 
 def test_operators_and_cjk_characters_are_words():
-    assert words('If a<b:x_1=2.5') == ['if', 'a', '<', 'b', ':', 'x_1', '=', '2', '.', '5']
+    assert words('If a<b, "f(x_1)" = -2.5 \u2264 y!') == ['if', 'a', '<', 'b', 'f', 'x_1', '=', '-', '2', '5', '\u2264', 'y', '!']
     assert words('go\u5e73\u65b9 ok') == ['go', '\u5e73', '\u65b9', 'ok']
 
 

@@ -29,12 +29,13 @@ def exact_duplicates(
 
 # %% ../../nbs/24_data.dedup.ipynb #b97d4306
 _CJK = '\u3040-\u30ff\u3400-\u9fff'
-_WORD = re.compile(rf'[^\W{_CJK}]+|\S')  # a run of letters and digits, or one other visible character
+_OPERATOR = '-+*/=<>^%|~&!\u00b1\u00d7\u00f7\u2190-\u22ff'  # ASCII operators, arrows, mathematical operators
+_WORD = re.compile(f'[^\\W{_CJK}]+|[{_CJK}{_OPERATOR}]')
 
 def words(
     text:str,  # any text
-)->list[str]:  # its words and symbols, case folded
-    "Words for comparing texts; operators and CJK characters are words of their own."
+)->list[str]:  # its words and operators, case folded
+    "Words for comparing texts; operators and CJK characters are words of their own, punctuation is left out."
     return _WORD.findall(text.casefold())
 
 # %% ../../nbs/24_data.dedup.ipynb #9e03dc9a
