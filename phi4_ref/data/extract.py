@@ -249,8 +249,7 @@ def code_language(
     block   # a code block's element
 )->str:     # language in lower case, "" where the page does not say
     "Programming language from class names of the block, its code element or its wrappers."
-    near = [block, *block.iter("code"), block.getparent(), *list(block.iterancestors())[1:4]]
-    for el in [el for el in near[:6] if el is not None]:
+    for el in [block, *block.iterdescendants("pre", "code", "table"), *list(block.iterancestors())[:4]]:
         classes = (el.get("class") or "").lower()
         marked = [el.get("data-lang"), el.get("data-language"), *_MARKED.findall(classes)]
         known = [name for name in [*classes.split(), (el.get("lang") or "").lower()] if name in _KNOWN]
@@ -350,13 +349,13 @@ def threads(
     authors = {post: name for post, fields in read.items() if (name := author_name(fields["author"]) if "author" in fields else post.get("data-author"))}
     if len(authors) < 2: return
     for post, author in authors.items():
-        details, fields = [], read[post]
+        fields, classes = read[post], words(post.get("class", ""))
         above = next((authors[up] for up in post.iterancestors() if up in authors), None)
-        if above and posts[post] != "Answer": details.append(f"reply to {above}")
-        if words(post.get("class", "")) & {"accepted", "solution", "solved", "best"} or post.get("itemprop") == "acceptedAnswer": details.append("accepted")
+        accepted = classes & {"accepted", "solution", "solved", "best"} or post.get("itemprop") == "acceptedAnswer"
         score = score_value(fields["score"]) if "score" in fields else post.get("data-score", "")
-        if score: details.append(f"score {score}")
-        put_header(post, f"{posts[post]} by {author}" + (f" ({', '.join(details)}):" if details else ":"))
+        line = [author, "" if accepted or posts[post] == "Post" else posts[post].lower(), above and posts[post] != "Answer" and f"reply to {above}",
+                score and f"{score} points", accepted and "accepted answer"]
+        put_header(post, ", ".join(filter(None, line)) + ":")
         for el in fields.values(): drop_field(el, post)
 
 def put_header(
