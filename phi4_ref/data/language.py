@@ -39,7 +39,7 @@ def is_code_line(
 # %% ../../nbs/22_data.language.ipynb #b03872f0
 def mask(
     text:str,            # a document
-    max_chars:int=1000   # enough natural language to judge by
+    max_chars:int=500   # enough natural language to judge by
 )->str:                  # its natural language, at most about max_chars characters, on one line
     "A document without code, mathematics and addresses (phi-4 §2.3 keeps these, fastText must not see them)."
     kept, size, code = [], 0, False
@@ -54,7 +54,7 @@ def mask(
 # %% ../../nbs/22_data.language.ipynb #fde39b98
 def identify(
     texts:list[str],     # documents
-    max_chars:int=1000   # characters of natural language to look at in each
+    max_chars:int=500   # characters of natural language to look at in each
 )->list[tuple[str, float]]:  # (ISO 639 code, probability) in the same order; ("und", 0.0) without language
     "Language of each document, code and mathematics masked first (phi-4 §2.3)."
     answers = []
