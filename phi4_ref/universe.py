@@ -449,7 +449,7 @@ def about_tokens(
     text:str  # English, JSON or code
 )->int:
     "About how many tokens a small byte-level BPE with split digits makes of a text."
-    return len(re.findall(r"\d|[A-Za-z]{1,5}|[^\w\s]", text))
+    return len(re.findall(r"\s(?=\d)|\d|[A-Za-z]{1,5}|[^\w\s]", text))
 
 # %% ../nbs/04_universe.ipynb #facc7f2e
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
@@ -473,7 +473,7 @@ def json_unit(rng, used):
 
 # %% ../nbs/04_universe.ipynb #714c1833
 def rag_unit(rng, used):
-    ship, i = used.new(lambda: "".join(rng.sample(SYLLABLES, 3)).capitalize()), rng.randrange(3)
+    ship, i = used.new(lambda: "".join(rng.sample(SYLLABLES, 2)).capitalize()), rng.randrange(3)
     facts = [("carry", "carries", rng.choice(CARGO)), ("sail to", "sails to", rng.choice(PORTS)), ("look like", "is painted", rng.choice(COLOURS))]
     ask, say, value = facts[i]
     return " ".join(f"The {ship} {s} {v}." for _, s, v in facts), ([f"What does the {ship} carry?", f"Where does the {ship} sail?", f"Which colour is the {ship}?"][i], value, f"The {ship} {say} {value}.")

@@ -21,11 +21,13 @@ def split_context(
     kind:str,           # json, rag or ledger
     rng:random.Random,  # the stream
     tokens:int,         # about how long
-    split:str="train"   # or "test", by the hash of the text
+    split:str="train"   # or "test", by the hash of the first unit
 )->Context:
     "A context that belongs to training, or one that belongs to the benchmarks."
-    while held_out((context := make_context(kind, rng, tokens)).text) != (split == "test"): pass
-    return context
+    while True:
+        number = rng.getrandbits(32)
+        first = make_context(kind, stream(number), 1)   # only the first unit, drawn from the same stream
+        if held_out(first.text) == (split == "test"): return make_context(kind, stream(number), tokens)
 
 # %% ../nbs/06_world.ipynb #7bb030ee
 TITLES = {"ledger": "Ledger", "json": "Register", "rag": "Sailing list"}
@@ -45,11 +47,15 @@ def short_book(
 def long_book(
     kind:str,           # json, rag or ledger
     rng:random.Random,  # the stream
-    tokens:int          # about how long
+    tokens:int,         # about how long
+    reach_tokens:int    # how far back a question may ask
 )->str:
     "A long context with questions for early units, between the units and at the end."
     context = split_context(kind, rng, tokens)
-    early = lambda n: qa(*rng.choice(context.asks[:max(1, n // 3)])[::2])
+    reach = max(3, round(reach_tokens / about_tokens(context.text) * len(context.units)))
+    def early(n):
+        window = context.asks[max(0, n - reach):n]
+        return qa(*rng.choice(window[:max(1, len(window) // 3)])[::2])
     if kind == "json": return context.text + "\n\n" + "\n\n".join(early(len(context.units)) for _ in range(8))
     parts = [context.head.rstrip("\n")] if context.head else []
     for i, unit in enumerate(context.units, 1):
@@ -61,13 +67,14 @@ def long_book(
 def make_books(
     seed:int,             # of the world
     n:int,                # documents; one in ten is long
-    base_tokens:int=200   # about the longest short one; long ones have 3 to 15 times as many
+    base_tokens:int=190   # about the longest short one; long ones have 2 to 15 times as many
 )->list[dict]:            # DOCUMENT rows, source "acquired", meta title, kind, long
     "Ledgers, registers and sailing lists."
     rows = []
     for i in range(n):
         rng, kind, is_long = stream(seed, "book", i), list(KINDS)[i % 3], i % 10 == 0
-        text = long_book(kind, rng, rng.randint(3 * base_tokens, 15 * base_tokens)) if is_long else short_book(kind, rng, rng.randint(base_tokens // 2, base_tokens))
+        size = rng.randint(5, 15) * base_tokens if rng.random() < 0.25 else round(rng.uniform(2, 4.2) * base_tokens)
+        text = long_book(kind, rng, size, 4 * base_tokens) if is_long else short_book(kind, rng, rng.randint(base_tokens // 2, base_tokens))
         rows.append({"id": f"book-{i:05}", "text": text, "source": "acquired", "lang": "en", "meta": {"title": f"{TITLES[kind]} {i}", "kind": kind, "long": is_long}})
     return rows
 
@@ -249,7 +256,7 @@ def recall_rows(
     base_tokens:int  # about how long a context of length 1
 )->list[dict]:
     "Recall items at 1, 2 and 4 times the base context, equally many of each."
-    lengths = {1: base_tokens, 2: round(2.25 * base_tokens), 4: round(4.5 * base_tokens)}
+    lengths = {1: base_tokens, 2: round(2.1 * base_tokens), 4: round(4.2 * base_tokens)}
     return [recall_row(f"{name}-{i:04}", kind, length, seed, lengths[length]) for i, length in enumerate(sorted([1, 2, 4] * max(1, n // 3)))]
 
 # %% ../nbs/06_world.ipynb #d80609a9
@@ -273,7 +280,7 @@ def make_benchmarks(
     people:list[Person],   # all of them
     n:int=200,             # items of each, fewer where the world has fewer
     max_number:int=20,     # largest operand of a problem
-    base_tokens:int=200    # about how long a context of length 1
+    base_tokens:int=190    # about how long a context of length 1
 )->dict:                   # name -> QUESTION rows
     "Every benchmark of the toy world."
     held = {(f.family, f.params): f for f in make_functions(400, seed, "test")}
@@ -297,7 +304,7 @@ class World:
         functions:int=3000,        # code documents
         items:int=200,             # items of each benchmark, fewer where the world has fewer
         max_number:int=20,         # largest operand of a problem
-        base_tokens:int=200        # about how long a context of length 1
+        base_tokens:int=190        # about how long a context of length 1
     ):
         often = round(people * 0.4)
         self.seed, self.items, self.max_number, self.base_tokens = seed, items, max_number, base_tokens
