@@ -401,7 +401,8 @@ def copy_of(kind, number, originals, rng):
     while True:
         source, body = rng.choice(originals)
         copy = body if kind == "exact_duplicate" else near_copy(body, rng)
-        if overlap(body.text, copy.text) >= 0.7: return make_page(number, copy, rng, defect=kind, of=source)
+        page = make_page(number, copy, rng, defect=kind, of=source)
+        if overlap(f"{body.title}\n{body.text}", page["meta"]["text"]) >= 0.7: return page
 
 # %% ../nbs/05_pages.ipynb #8eb34016
 def make_pages(
