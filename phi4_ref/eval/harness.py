@@ -38,6 +38,7 @@ def prompt_text(
     elif not chat: body = f'Question: {body}'
     return body if chat else f'{body}\nAnswer:'
 
+# %% ../../nbs/62_eval.harness.ipynb #8a4606fe
 def prompt_ids(
     question:dict,  # a QUESTION row
     tokenizer,
@@ -57,6 +58,7 @@ def stop_ids(
     "The ids that end a reply."
     return sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids('<|endoftext|>')} - {None})
 
+# %% ../../nbs/62_eval.harness.ipynb #00681db7
 def reply_text(
     ids:list[int],  # a completion's ids
     tokenizer,
@@ -129,6 +131,7 @@ def item_row(question, benchmark, sample, temperature, grade, reply, tokens, nam
                 correct=grade.outcome == 'correct', score=grade.score, outcome=grade.outcome, reply=reply, tokens=tokens,
                 answer=str(question['answer']), meta=meta)
 
+# %% ../../nbs/62_eval.harness.ipynb #fd77102b
 def evaluate_choices(model, tokenizer, asked, chat, name):
     "Rows of multiple-choice questions: no sampling, so one row each."
     logps = choice_logprobs(model, tokenizer, [q for _, q in asked], chat)
@@ -176,6 +179,7 @@ def by(
     for row in items: out.setdefault(tuple(row[k] for k in keys), []).append(row)
     return out
 
+# %% ../../nbs/62_eval.harness.ipynb #ad75885d
 def summarise(
     items:list[dict]  # EVAL_ITEM rows
 )->list[dict]:        # rows {model, benchmark, temperature, n, mean, low, high}; n questions

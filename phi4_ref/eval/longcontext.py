@@ -51,6 +51,7 @@ def length_table(
     return [dict(model=m, benchmark=b, length=l, interval=mean_interval([r['score'] for r in part], [r['id'] for r in part]))
             for (m, b, l), part in by(with_length(items), 'model', 'benchmark', 'length').items()]
 
+# %% ../../nbs/63_eval.longcontext.ipynb #2aa26c0b
 def length_changes(
     items:list[dict],  # EVAL_ITEM rows of both checkpoints
     before:str,        # a checkpoint's name
