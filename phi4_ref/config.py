@@ -52,6 +52,7 @@ class FilesSource(Section):
     documents: dict[Literal["web", "code", "acquired"], Files] = {}  # already text
     questions: Files | None = None                # seeds of synthesis and of PTS
     conversations: Files | None = None            # column `messages`
+    trivia: Files | None = None                   # seeds of the refusal pipeline
     benchmarks: dict[str, Files] = {}
 
 # %% ../nbs/01_config.ipynb #4c5a8d1a
