@@ -83,6 +83,21 @@ def test_common_ngrams_counts_documents_not_occurrences():
     with pytest.raises(ValueError, match='min_docs'): common_ngrams(texts, min_docs=1)
 
 
+def test_a_common_phrase_is_allowed_with_its_neighbours():
+    rng = random.Random(0)
+    rules = 'use only the standard library and return the result instead of printing'
+    some = lambda n: ' '.join(f'w{rng.randrange(5000)}' for _ in range(n))
+    pages = [f'{some(20)} adds {i % 30}. {rules} {some(9)}' for i in range(60)]
+    bench = {'code': [f'Write a function that adds {i}. {rules} {some(25)}' for i in range(5)]}
+    labels = lambda allowed: [v.label for v in Decontaminator(bench, allowed).verdicts(pages)]
+    assert labels(common_ngrams(pages)).count('contaminated') == 10
+    allowed = decontaminate.allowed_ngrams(bench, common_ngrams(pages, n=9))
+    assert labels(allowed).count('contaminated') == 0
+    assert all(v.label == 'contaminated' for v in Decontaminator(bench, allowed).verdicts(['x ' + t for t in bench['code']]))
+    assert decontaminate.allowed_ngrams(bench, []) == [] and decontaminate.allowed_ngrams({}, ['a b']) == []
+    with pytest.raises(ValueError, match='one length'): decontaminate.allowed_ngrams(bench, ['a b', 'a b c'])
+
+
 def test_formulas_count():
     ours, theirs = 'solve x + y = 3 and x - y = 1 for x > 0', 'solve x - y < 3 and x / y < 1 for x < 0'
     judge = Decontaminator({'b': [ours]})
@@ -93,6 +108,9 @@ def test_item_text_and_short_items():
     mcq = {'id': 'm', 'question': 'Which?', 'meta': {'choices': ['red', 'blue'], 'label': 0}}
     code = {'id': 'c', 'question': 'Finish: def f(x):', 'meta': {'prompt': 'def f(x):'}}
     assert item_text(mcq) == 'Which?\nred\nblue' and item_text(code) == code['question'] and item_text('plain') == 'plain'
+    other = code | {'meta': {'prompt': 'def g(y):'}}
+    assert benchmark_items({'b': [code, 'plain']}) == {'b/c': code['question'], 'b/1': 'plain'}
+    assert benchmark_items({'b': [other]}) == {'b/c': code['question'], 'b/c prefix': 'def g(y):'}
     assert Decontaminator({'b': [mcq, 'one two three four five six seven']}).unreachable == ['b/m']
 
 
