@@ -114,6 +114,14 @@ def test_pairs_prefer_the_better_token_and_carry_their_counts():
     assert counts['questions'] == 60 and counts['pairs'] == len(pairs) and counts['in_band'] == len(rows)
 
 
+def test_full_length_pairs_are_right_over_wrong_and_whole():
+    trees = forest(10)
+    rows = run(trees, trajectories=2)[1]
+    pairs = pts.full_length_pairs(rows, NUMBERS)
+    assert len({r['id'] for r in pairs}) == len(pairs) >= len(rows) / 2
+    assert all(r['chosen_ids'][-1] == 1 and r['rejected_ids'][-1] == 0 and r['prompt_ids'][0] in trees for r in pairs)
+
+
 def test_a_pivot_is_where_the_truth_changes():
     trees, false, found, missed = forest(60, seed=2), 0, 0, 0
     for row in run(trees, n_samples=200, filter_samples=200)[1]:

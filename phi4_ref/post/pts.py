@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MIN_SEEN', 'tree_success', 'tree_at', 'tree_sampler', 'walk', 'split_point', 'subdivide', 'pivotal_positions',
            'certified', 'Case', 'rollout_seed', 'Sampling', 'sample_and_grade', 'draw', 'start_cases', 'ratio',
-           'draw_trajectories', 'estimate', 'subdivide_cases', 'pair_at', 'preference', 'stored_chunk', 'search_chunk',
-           'search', 'fingerprint', 'model_sampler', 'trace', 'figure3', 'token_grid', 'draw_token']
+           'draw_trajectories', 'estimate', 'subdivide_cases', 'pair_at', 'preference', 'stored_chunk', 'whole_answers',
+           'full_length_pairs', 'search_chunk', 'search', 'fingerprint', 'model_sampler', 'trace', 'figure3',
+           'token_grid', 'draw_token']
 
 # %% ../../nbs/51_post.pts.ipynb #61f2c53c
 import hashlib
@@ -315,6 +316,28 @@ def stored_chunk(
         os.replace(part, path)
     return json.loads(text)['result']
 
+# %% ../../nbs/51_post.pts.ipynb #ab39e534
+def whole_answers(
+    case:Case # with rollouts from the bare question
+)->dict:      # {solved, failed}: up to two completions each, token ids
+    "Right and wrong answers among the filter's rollouts."
+    answers = {ok: [ids for start, ids, good in case.rollouts if start == 0 and good is ok][:2] for ok in (True, False)}
+    return dict(solved=answers[True], failed=answers[False])
+
+# %% ../../nbs/51_post.pts.ipynb #68263f55
+def full_length_pairs(
+    trajectories:list[dict], # as `search` returns them
+    tokenizer                # .decode(ids)
+)->list[dict]:               # PREFERENCE rows: a right answer over a wrong one to the same question
+    "Whole-answer pairs from the rollouts of a search, the control for pivotal pairs."
+    rows = {}
+    for t in trajectories:
+        for j, (chosen, rejected) in enumerate(zip(t['solved'], t['failed'])):
+            rows[f"{t['question_id']}-full-{j}"] = dict(
+                prompt=tokenizer.decode(t['prompt_ids']), chosen=tokenizer.decode(chosen), rejected=tokenizer.decode(rejected),
+                prompt_ids=t['prompt_ids'], chosen_ids=chosen, rejected_ids=rejected, source='full', meta=dict(question_id=t['question_id']))
+    return [dict(id=i, **row) for i, row in rows.items()]
+
 # %% ../../nbs/51_post.pts.ipynb #4943a83d
 def search_chunk(
     questions:list[dict], prompts:list[list[int]], # QUESTION rows and their prompts
@@ -327,7 +350,7 @@ def search_chunk(
     found = [preference(c, pair, sampling.tokenizer) for c in cases for i in c.pivots if (pair := pair_at(c, i, p_gap))]
     pairs = list({str(r['prompt_ids'] + r['chosen_ids'] + r['rejected_ids']): r for r in found}.values())
     rows = [dict(question_id=c.question['id'], prompt_ids=c.prompt, tokens=c.tokens, logprobs=c.logprobs, success=c.success,
-                         pivots=c.pivots, estimates=[[i, *c.memo[i]] for i in sorted(c.memo)]) for c in cases]
+                         pivots=c.pivots, estimates=[[i, *c.memo[i]] for i in sorted(c.memo)], **whole_answers(c)) for c in cases]
     counts = dict(questions=len(questions), in_band=len(cases) // trajectories, tokens=sum(len(c.tokens) for c in cases),
                   eligible_tokens=sum(not certified([lp], p_gap) for c in cases for lp in c.logprobs),
                   pivots=sum(len(c.pivots) for c in cases), pairs=len(pairs))
