@@ -1,0 +1,152 @@
+"Runs for test_resume_loop.py, in a process of their own with one thread, so that they may be forked, killed and compared."
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import phi4_ref.train.loop as loop
+from phi4_ref.model.transformer import ModelConfig, Transformer
+from phi4_ref.train.data import MixtureBatches, SFTBatches, make_store
+from phi4_ref.train.loop import TrainSettings, train
+
+STEPS, SAVE_EVERY = 12, 3
+SETTINGS = TrainSettings(lr=1e-2, micro_batch_size=2, seed=3)
+
+class Noisy(Transformer):
+    "A model that draws random numbers in training, so that a lost generator state shows."
+    def hidden(self, *args, **kw):
+        x_BTD = super().hidden(*args, **kw)
+        return x_BTD * (1 + .01 * torch.randn(()) + .01 * random.random() + .01 * np.random.rand())
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return Noisy(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32))
+
+def mixture():
+    "12 steps of 6 rows: source b has 5 rows and gives 36, so every step lies within an epoch, late ones in its eighth."
+    rng = np.random.default_rng(0)
+    stores = dict(a=make_store([rng.integers(0, 64, 16 * 90)], 64), b=make_store([rng.integers(0, 64, 16 * 5)], 64))
+    return MixtureBatches(stores, dict(a=.5, b=.5), context=16, batch_size=6, steps=STEPS, seed=0)
+
+def chats():
+    rng = np.random.default_rng(1)
+    examples = [(rng.integers(0, 64, n).tolist(), [0] * 3 + [1] * (n - 3)) for n in rng.integers(4, 16, 11).tolist()]
+    return SFTBatches(examples, 16, 6, epochs=STEPS * 6 / 11, seed=0)
+
+BATCHES = dict(mixture=mixture, chats=chats)
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+class Deadly:
+    "Kills this process when the batch of one step is asked for a second time (the first and last are read for the run's description)."
+    def __init__(self, batches, at): self.batches, self.at, self.asked = batches, at, 0
+    def __len__(self): return len(self.batches)
+    def batch(self, step):
+        if step == self.at:
+            self.asked += 1
+            if self.asked == (2 if step in (0, len(self) - 1) else 1): die()
+        return self.batches.batch(step)
+
+def run(out, batches, **kw):
+    m = model()
+    rows = train(m, batches, SETTINGS, out, save_every=SAVE_EVERY, **kw)
+    torch.save([m.state_dict(), [r['loss'] for r in rows], [r['step'] for r in rows]], Path(out)/'result.pt')
+
+def forked(f, *args, wait=None, **kw):
+    "Run in a child; returns the signal that ended it, 0 for a clean end. Killed after `wait` seconds if given."
+    pid = os.fork()
+    if pid == 0:
+        try: f(*args, **kw)
+        except BaseException: import traceback; traceback.print_exc(); os._exit(1)
+        os._exit(0)
+    if wait is not None: time.sleep(wait); os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status): sys.exit('a child failed')
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+def same(a, b):
+    (wa, la, sa), (wb, lb, sb) = (torch.load(Path(p)/'result.pt', weights_only=True) for p in (a, b))
+    return all(torch.equal(wa[k], wb[k]) for k in wa) and la == lb and sa == sb == list(range(1, STEPS + 1))
+
+def unbroken(tmp, kind):
+    if not (tmp/f'whole_{kind}'/'result.pt').exists(): assert forked(run, tmp/f'whole_{kind}', BATCHES[kind]()) == 0
+    return tmp/f'whole_{kind}'
+
+def killed_at(tmp, kind, *steps):
+    "Killed as each of these steps begins, one after the other, then finished."
+    out = tmp/f'killed_{kind}_{"_".join(map(str, steps))}'
+    for step in steps: assert forked(run, out, Deadly(BATCHES[kind](), step)) == signal.SIGKILL, step
+    assert forked(run, out, BATCHES[kind]()) == 0
+    return same(out, unbroken(tmp, kind))
+
+def killed_while_saving(tmp):
+    "Dies with half of the optimiser written, in the second checkpoint."
+    out, real = tmp/'saving', torch.save
+    def half(state, path):
+        real(state, path)
+        if '0006' in str(path):
+            data = Path(path).read_bytes(); Path(path).write_bytes(data[:len(data) // 2]); die()
+    def child(): loop.torch.save = half; run(out, mixture())
+    assert forked(child) == signal.SIGKILL
+    assert sorted(p.name for p in (out/'checkpoints').iterdir()) == ['step_00000003', 'tmp_step_00000006']
+    assert forked(run, out, mixture()) == 0
+    assert not list((out/'checkpoints').glob('tmp_*'))
+    return same(out, unbroken(tmp, 'mixture'))
+
+def truncated(tmp, name):
+    "The newest checkpoint loses the end of a file; the one before it is used."
+    out = tmp/f'truncated_{name}'
+    assert forked(run, out, Deadly(mixture(), 10)) == signal.SIGKILL
+    file = out/'checkpoints'/'step_00000009'/name
+    file.write_bytes(file.read_bytes()[:-100])
+    assert forked(run, out, mixture()) == 0
+    return same(out, unbroken(tmp, 'mixture'))
+
+def killed_anytime(tmp):
+    "Killed by the clock, again and again, until it is through."
+    out, rng = tmp/'anytime', random.Random(0)
+    start = time.time(); unbroken(tmp, 'mixture'); again = tmp/'timing'
+    start = time.time(); forked(run, again, mixture()); whole = time.time() - start
+    for _ in range(8): forked(run, out, mixture(), wait=rng.random() * whole)
+    forked(run, out, mixture())
+    return same(out, unbroken(tmp, 'mixture'))
+
+def two_processes(tmp, port):
+    "The same batches on two processes, in float32, against one process."
+    SETTINGS.precision = 'float32'
+    plain = lambda seed=0: (torch.manual_seed(seed), Transformer(model().config))[1]
+    def work(out, rank=None):
+        if rank is not None:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
+        assert loop.Accelerator().num_processes == (1 if rank is None else 2)
+        m = plain()
+        rows = train(m, mixture(), SETTINGS, out, save_every=5)
+        if not rank: torch.save([m.state_dict(), [r['loss'] for r in rows], [r['grad_norm'] for r in rows], [r['targets'] for r in rows]], Path(out)/'result.pt')
+        if rank is not None: torch.distributed.destroy_process_group()
+    assert forked(work, tmp/'one') == 0
+    pids = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            try: work(tmp/'two', rank)
+            except BaseException: import traceback; traceback.print_exc(); os._exit(1)
+            os._exit(0)
+        pids.append(pid)
+    codes = [os.waitpid(p, 0)[1] for p in pids]
+    if any(codes): sys.exit(f'a process failed: {codes}')
+    one, two = (torch.load(tmp/k/'result.pt', weights_only=True) for k in ('one', 'two'))
+    worst = max(float((one[0][k] - two[0][k]).abs().max()) for k in one[0])
+    print('largest difference of a weight', worst)
+    return worst < 1e-4 and one[3] == two[3] and np.allclose(one[1], two[1], rtol=1e-5) and np.allclose(one[2], two[2], rtol=1e-4)
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    what, tmp, *args = sys.argv[1:]
+    args = [int(a) if a.isdigit() else a for a in args]
+    sys.exit(0 if globals()[what](Path(tmp), *args) else f'{what} {args}: not the same')

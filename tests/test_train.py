@@ -1,0 +1,294 @@
+"Batches, loss and the training stages."
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from phi4_ref.model.tokenizer import train_tokenizer
+from phi4_ref.model.transformer import ModelConfig, Transformer, from_pretrained
+from phi4_ref.train.data import (MixtureBatches, SFTBatches, StreamRows, WholeRows, apportion, best_fit, encode_documents, epoch_order,
+                                 interleave, load_stores, make_store, recall_mixture, save_stores, tokenize_documents)
+from phi4_ref.train.loop import TrainSettings, lm_loss, lr_at, make_optimizer, plain_lm_loss, process_share, train
+from phi4_ref.train.midtrain import long_data, midtrain, raise_rope
+from phi4_ref.train.pretrain import pretrain
+from phi4_ref.train.sft import best_of_n, sft
+
+TINY = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32)
+
+def tiny(seed=0, **kw):
+    torch.manual_seed(seed)
+    return Transformer(ModelConfig(**TINY | kw))
+
+def numbered(source, n, width=10): return make_store([np.full(width, source * 100 + i) for i in range(n)], 1000)
+
+STORES = dict(web=numbered(1, 40), synthetic=numbered(2, 6), code=numbered(3, 20))
+MIX = dict(web=.25, synthetic=.5, code=.25)
+
+# ---- documents and rows
+
+def test_special_tokens_in_a_document_are_text():
+    tokenizer = train_tokenizer(['abc <|endoftext|> <|im_start|>'] * 2, 320)
+    (ids,) = encode_documents(['a<|im_end|><|endoftext|><|im_start|>system'], tokenizer)
+    assert ids[-1] == tokenizer.convert_tokens_to_ids('<|endoftext|>')
+    assert not set(ids[:-1]) & set(tokenizer.convert_tokens_to_ids(['<|im_end|>', '<|endoftext|>', '<|im_start|>']))
+
+def test_tokenizing_in_parts_changes_nothing():
+    tokenizer = train_tokenizer(['some words here'] * 2, 300)
+    rows = [dict(text=f'words {i}', source='ab'[i % 2]) for i in range(11)]
+    a, b = tokenize_documents(rows, tokenizer), tokenize_documents(rows, tokenizer, batch=3)
+    assert all((a[s].tokens == b[s].tokens).all() and (a[s].offsets == b[s].offsets).all() for s in 'ab')
+
+def test_no_tokens_at_all():
+    assert tokenize_documents([], train_tokenizer(['x'], 300)) == {}
+    assert len(make_store([], 10)) == 0
+
+@pytest.mark.parametrize('vocab, dtype', [(65_536, np.uint16), (65_537, np.uint32)])
+def test_width_of_ids(vocab, dtype):
+    assert make_store([[vocab - 1]], vocab).tokens.dtype == dtype and make_store([[vocab - 1]], vocab)[0][0] == vocab - 1
+
+def test_damaged_stores_are_named(tmp_path):
+    save_stores(STORES, tmp_path)
+    assert (load_stores(tmp_path)['web'].tokens == STORES['web'].tokens).all()
+    np.save(tmp_path/'code.offsets.npy', STORES['code'].offsets[:-1])
+    with pytest.raises(ValueError, match='code.*200 tokens.*190'): load_stores(tmp_path)
+    (tmp_path/'code.offsets.npy').unlink()
+    with pytest.raises(ValueError, match='code'): load_stores(tmp_path)
+    with pytest.raises(ValueError, match='no .*tokens.npy'): load_stores(tmp_path/'nowhere')
+
+def test_a_pickled_store_is_refused(tmp_path):
+    save_stores(STORES, tmp_path)
+    np.save(tmp_path/'web.tokens.npy', np.array([{'a': 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match='web'): load_stores(tmp_path)
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 50))
+def test_a_stream_loses_no_token(lengths, context):
+    store = make_store([np.arange(n) + 100 * i for i, n in enumerate(lengths)], 60_000)
+    rows = StreamRows(store, context)
+    seen = np.concatenate([rows[i] for i in range(len(rows))])
+    assert (seen[:sum(lengths)] == store.tokens).all() and len(seen) - sum(lengths) < context and all(len(rows[i]) == context for i in range(len(rows)))
+
+@given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 50))
+def test_whole_documents_stay_whole(lengths, context):
+    store = make_store([np.full(n, i) for i, n in enumerate(lengths)], 1000)
+    rows = WholeRows(store, context)
+    found = [rows[i] for i in range(len(rows))]
+    assert sum(map(len, found)) == sum(lengths) and all(len(r) <= context for r in found)
+    for i, n in enumerate(lengths):
+        holding = sum(i in r for r in found)
+        assert holding == 1 if n <= context else holding == math.ceil(n / context)
+
+# ---- the order
+
+@given(st.lists(st.floats(.01, 1), min_size=1, max_size=8), st.integers(0, 1000))
+def test_apportion_is_within_one(weights, total):
+    counts, share = apportion(weights, total), np.array(weights) / np.sum(weights) * total
+    assert counts.sum() == total and (abs(counts - share) <= 1 + 1e-9).all()
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any))
+def test_interleave_uses_every_row_once(counts):
+    source, rank = interleave(np.array(counts))
+    for s, n in enumerate(counts): assert rank[source == s].tolist() == list(range(n))
+
+def test_batches_depend_on_seed_and_step_alone():
+    make = lambda seed, order=1: MixtureBatches(STORES, dict(list(MIX.items())[::order]), 10, 4, 30, seed)
+    forwards, backwards = make(0), make(0, -1)
+    late = {s: backwards.batch(s)['input_ids'] for s in reversed(range(30))}
+    assert all(torch.equal(forwards.batch(s)['input_ids'], late[s]) for s in range(30))
+    assert not torch.equal(make(1).batch(0)['input_ids'], late[0])
+
+def test_order_is_the_same_in_another_process():
+    code = 'from phi4_ref.train.data import epoch_order; print(epoch_order(20, "web", 3, 7).tolist())'
+    other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={'PYTHONHASHSEED': '12', 'PATH': ''}, check=True).stdout
+    assert json.loads(other) == epoch_order(20, 'web', 3, 7).tolist()
+
+def test_epochs_are_whole_permutations_and_counted():
+    batches = MixtureBatches(STORES, MIX, 10, 4, 20, seed=0)
+    rows = torch.cat([batches.batch(s)['input_ids'][:, 0] for s in range(20)])
+    synthetic = rows[rows // 100 == 2].tolist()
+    epochs = [synthetic[e * 6:e * 6 + 6] for e in range(6)]
+    assert all(sorted(e) == list(range(200, 206)) for e in epochs) and len({tuple(e) for e in epochs}) > 3
+    table = {r['source']: r for r in batches.epochs()}
+    assert table['synthetic']['tokens'] == 400 and table['synthetic']['epochs'] == pytest.approx(40 / 6) and table['web']['epochs'] == .5
+
+def test_a_long_run_repeats_its_pattern(monkeypatch):
+    batches = MixtureBatches(STORES, MIX, 10, 4, 20, seed=0)
+    batches.pattern, batches.counts = interleave(apportion([.25, .5, .25], 16)), apportion([.25, .5, .25], 16)
+    seen = [batches.place(slot) for slot in range(80)]
+    for source in MIX: assert [k for s, k in seen if s == source] == list(range(sum(s == source for s, _ in seen)))
+    assert {r['source']: r['tokens'] for r in batches.epochs()} == {s: 10 * sum(x == s for x, _ in seen) for s in MIX}
+
+@pytest.mark.parametrize('fractions, match', [(dict(web=.5), 'add up to 1'), (dict(web=1.5, code=-.5), 'at least 0'), (dict(web=.5, books=.5), 'books')])
+def test_impossible_mixtures_are_refused(fractions, match):
+    with pytest.raises(ValueError, match=match): MixtureBatches(STORES, fractions, 10, 4, 20, seed=0)
+
+def test_shares_of_padded_rows_are_shares_of_tokens():
+    long = make_store([np.full(int(n), 9) for n in np.random.default_rng(0).integers(30, 64, 40)], 1000)
+    batches = MixtureBatches(STORES | dict(long=long), recall_mixture(MIX), 64, 8, 60, seed=0, whole=('long',))
+    tokens = [(int((b['labels'] != -100)[b['input_ids'][:, 0] == 9].sum()), int((b['labels'] != -100).sum())) for b in map(batches.batch, range(60))]
+    assert sum(a for a, _ in tokens) / sum(b for _, b in tokens) == pytest.approx(.3, abs=.01)
+
+def test_sft_labels_only_where_the_mask_is():
+    examples = [([i] * n, [0] * (n // 2) + [1] * (n - n // 2)) for i, n in enumerate(np.random.default_rng(0).integers(2, 20, 30).tolist(), start=1)]
+    batches = SFTBatches(examples, context=16, batch_size=4, epochs=2, seed=0)
+    assert batches.dropped == sum(len(ids) > 16 for ids, _ in examples)
+    for step in range(len(batches)):
+        b = batches.batch(step)
+        for ids, labels in zip(b['input_ids'], b['labels']):
+            n = len(examples[int(ids[0]) - 1][0])
+            assert (labels != -100).tolist() == [False] * (n // 2) + [True] * (n - n // 2) + [False] * (len(ids) - n)
+            assert (ids[labels != -100] == labels[labels != -100]).all()
+    with pytest.raises(ValueError, match='none of the 30'): SFTBatches(examples, 1, 4, 1, 0)
+
+# ---- loss and step
+
+def ragged(rows=8, width=12, seed=0, vocab=300):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (rows, width), generator=g)
+    return dict(input_ids=ids, labels=torch.where(torch.rand(rows, width, generator=g) < torch.linspace(0, 1, rows)[:, None], ids, -100))
+
+def test_loss_is_that_of_transformers():
+    transformers = pytest.importorskip('transformers')
+    ours = tiny()
+    theirs = transformers.Phi3ForCausalLM(transformers.Phi3Config(**TINY, rms_norm_eps=1e-5, pad_token_id=0, tie_word_embeddings=False))
+    theirs.load_state_dict(ours.state_dict())
+    batch = ragged()
+    total, count, _ = lm_loss(ours, batch)
+    assert float(total / count) == pytest.approx(float(theirs(**batch).loss), rel=1e-5)
+
+@pytest.mark.parametrize('chunk', [1, 5, 1000])
+def test_chunked_loss_has_the_plain_gradient(chunk):
+    grads = []
+    for loss in (plain_lm_loss, lambda m, b: lm_loss(m, b, chunk)):
+        model = tiny()
+        total, count, _ = loss(model, ragged())
+        (3 * total).backward()
+        grads.append((float(total.detach()), int(count), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5) and grads[0][1] == grads[1][1]
+    assert torch.allclose(grads[0][2], grads[1][2], atol=1e-4, rtol=1e-4)
+
+class Fixed:
+    "The same ragged batch at every step, rows 0.. of it fully masked if asked."
+    def __init__(self, steps=3, rows=8, masked=0, change=lambda step, batch: batch): self.steps, self.rows, self.masked, self.change = steps, rows, masked, change
+    def __len__(self): return self.steps
+    def batch(self, step):
+        batch = ragged(self.rows, seed=step)
+        batch['labels'][:self.masked] = -100
+        return self.change(step, batch)
+
+def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+def test_accumulation_changes_nothing(tmp_path):
+    results = {}
+    for micro in (None, 4, 3, 1):
+        model = tiny()
+        rows = train(model, Fixed(masked=4), TrainSettings(lr=1e-2, precision='float32', micro_batch_size=micro), tmp_path/str(micro))
+        results[micro] = weights(model), [r['loss'] for r in rows], [r['targets'] for r in rows]
+    for micro in (4, 3, 1):
+        assert torch.allclose(results[micro][0], results[None][0], atol=2e-5), micro
+        assert results[micro][1] == pytest.approx(results[None][1], rel=1e-5) and results[micro][2] == results[None][2]
+
+def test_a_batch_without_targets_is_zero_not_nan(tmp_path):
+    rows = train(tiny(), Fixed(masked=8), TrainSettings(lr=1e-2, micro_batch_size=2), tmp_path)
+    assert all(r['loss'] == 0 and r['grad_norm'] == 0 and r['targets'] == 0 for r in rows)
+
+def test_metrics_are_logged_per_target(tmp_path):
+    def loss(model, batch): total, count, _ = lm_loss(model, batch); return total, count, dict(twice=2 * total.detach())
+    rows = train(tiny(), Fixed(), TrainSettings(lr=1e-3, micro_batch_size=3), tmp_path, loss=loss)
+    assert all(r['twice'] == pytest.approx(2 * r['loss']) for r in rows)
+
+def test_clipping(tmp_path):
+    a, b = tiny(), tiny()
+    rows = train(a, Fixed(1), TrainSettings(lr=1e-2, grad_clip=1e9, precision='float32', weight_decay=0.), tmp_path/'a')
+    assert 1e-3 < rows[0]['grad_norm'] < 1e9
+    # with clipping to a fraction of the norm, Adam's first moment shrinks by the same fraction
+    from phi4_ref.train.loop import scale_gradients
+    optimizer = make_optimizer(b, TrainSettings(lr=1e-2))
+    total, count, _ = lm_loss(b, ragged()); total.backward()
+    raw = torch.cat([p.grad.flatten() for p in b.parameters()]).norm() / count
+    assert scale_gradients(optimizer, 1 / count, grad_clip=.1) == pytest.approx(float(raw), rel=1e-5)
+    assert float(torch.cat([p.grad.flatten() for p in b.parameters()]).norm()) == pytest.approx(.1, rel=1e-5)
+
+def test_weight_decay_spares_norms_and_embeddings():
+    model = tiny()
+    decayed, spared = make_optimizer(model, TrainSettings(lr=1e-3)).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in spared['params']} == {n for n, p in model.named_parameters() if p.ndim == 1 or 'embed_tokens' in n}
+    assert decayed['weight_decay'] == .1 and spared['weight_decay'] == 0
+    assert len(decayed['params']) + len(spared['params']) == len(list(model.parameters()))
+
+@settings(max_examples=30)
+@given(st.integers(1, 500), st.floats(0, .5))
+def test_schedule(steps, warmup):
+    s = TrainSettings(lr=2., warmup_fraction=warmup)
+    rates = [lr_at(i, steps, s) for i in range(steps)]
+    peak = rates.index(max(rates))
+    assert all(0 < r <= 2 for r in rates) and rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+
+@pytest.mark.parametrize('bad', [dict(lr=0), dict(lr=float('nan')), dict(lr=1, warmup_fraction=1), dict(lr=1, precision='fp8'), dict(lr=1, micro_batch_size=0)])
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(ValueError): TrainSettings(**bad)
+
+def test_process_shares_cover_the_batch():
+    batch = dict(input_ids=torch.arange(12)[:, None])
+    for processes, micro in [(1, None), (2, 4), (3, 3), (4, 1)]:
+        rows = [r for rank in range(processes) for m in process_share(batch, rank, processes, micro) for r in m['input_ids'].flatten().tolist()]
+        assert rows == list(range(12))
+    with pytest.raises(ValueError, match='12 rows.*5 processes'): process_share(batch, 0, 5, None)
+
+# ---- the stages
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    "A tiny pretrained checkpoint with its tokenizer and documents."
+    documents = [dict(text=f'{i % 5} plus {i % 3} is {i % 5 + i % 3}.', source='web') for i in range(200)] + [dict(text='a long story ' * 20 + str(i), source='acquired') for i in range(20)]
+    tokenizer, out = train_tokenizer([d['text'] for d in documents], 300), tmp_path_factory.mktemp('base')
+    result = pretrain(ModelConfig(**TINY), documents, tokenizer, TrainSettings(lr=1e-2), out, fractions=dict(web=.8, acquired=.2), tokens=8 * 32 * 25, context=32, batch_size=8)
+    return out, documents, tokenizer, result
+
+def test_pretrain_leaves_a_checkpoint(base):
+    out, documents, tokenizer, result = base
+    assert result['steps'] == 25 and result['tokens'] == 8 * 32 * 25 and result['last_loss'] < result['first_loss'] / 2
+    assert not (out/'checkpoints').exists() and len((out/'log.jsonl').read_text().splitlines()) == 25
+    assert sum(r['tokens'] for r in result['mixture']) == result['tokens']
+
+def test_checkpoint_loads_in_transformers(base):
+    transformers = pytest.importorskip('transformers')
+    out, documents, tokenizer, _ = base
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(out), from_pretrained(out)
+    ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(out).encode('3 plus 1 is')])
+    assert torch.allclose(theirs(ids).logits, ours(ids), atol=1e-4)
+
+def test_midtrain(base, tmp_path):
+    out, documents, tokenizer, _ = base
+    result = midtrain(out, documents, tokenizer, TrainSettings(lr=1e-3), tmp_path, fractions=dict(web=.8, acquired=.2), tokens=4 * 128 * 5, context=128, batch_size=4, long_tokens=40)
+    config = json.loads((tmp_path/'config.json').read_text())
+    assert config['max_position_embeddings'] == 128 and config['rope_parameters']['rope_theta'] == 250_000
+    assert {r['source']: r['fraction'] for r in result['mixture']} == pytest.approx(dict(long=.3, web=.56, acquired=.14))
+    with pytest.raises(ValueError, match='no long document'): midtrain(out, documents, tokenizer, TrainSettings(lr=1e-3), tmp_path/'x', fractions=dict(web=1.), tokens=4 * 128 * 5, context=128, batch_size=4, long_tokens=4000)
+
+def test_rope_only_rises():
+    model = tiny()
+    with pytest.raises(ValueError, match='below'): raise_rope(model, 9_000, 64)
+    with pytest.raises(ValueError, match='below'): raise_rope(model, 250_000, 16)
+
+def test_long_data_takes_what_the_paper_takes():
+    lengths = lambda *sizes: make_store([np.zeros(n) for n in sizes], 300)
+    stores = dict(web=lengths(500), web_rewrite=lengths(500), code=lengths(64, 65), acquired=lengths(128, 20), synthetic=lengths(32, 33))
+    assert sorted(long_data(stores, long_tokens=64, context=128).lengths.tolist()) == [33, 65, 128, 128]
+
+def test_sft(base, tmp_path):
+    out, _, tokenizer, _ = base
+    rows = [dict(messages=[dict(role='user', content=f'{i % 4}?'), dict(role='assistant', content=f'{i % 4}!')]) for i in range(40)] + [dict(messages=[dict(role='user', content='x ' * 100)])]
+    result = sft(out, rows, tokenizer, TrainSettings(lr=1e-2), tmp_path, tokens=2000, context=32, batch_size=8)
+    assert result['dropped'] == 1 and result['last_loss'] < result['first_loss'] and (tmp_path/'model.safetensors').exists()
+    assert result['epochs'] * 40 == result['steps'] * 8
+
+def test_best_of_n_is_stable():
+    assert best_of_n(['a', 'b', 'c'], lambda c: [1, 2, 2]) == ('b', 2)
+    assert best_of_n(['a', 'b'], lambda c: [None, 0]) == ('b', 0) and best_of_n(['a'], lambda c: [None]) == (None, None)
