@@ -89,13 +89,13 @@ class WorldTeacher:
 def slipped(
     problem:Problem,    # to solve
     rng:random.Random,  # the stream
-    size:int=10         # how far off the slip may be
+    off:tuple=(1, 2, 10) # how far off the slip may be
 )->list:                # steps, one of them wrong and the rest carried on
     "The steps of somebody who makes one slip."
     at, steps, a = rng.randrange(len(problem.steps)), [], problem.steps[0].a
     for i, s in enumerate(problem.steps):
         s = step(a, s.op, s.b)
-        if i == at: s = s._replace(result=abs(s.result + rng.choice([-size, -2, -1, 1, 2, size])))
+        if i == at: s = s._replace(result=abs(s.result + rng.choice([-1, 1]) * rng.choice(off)))
         steps.append(s); a = s.result
     return steps
 
@@ -115,7 +115,7 @@ def solve(
     "Work a problem step by step, as reliably as the teacher does."
     if is_hard(problem):
         wrong = teacher.error_rate and rng.random() < 0.85
-        return worked_text(problem.name, problem.boxes, slipped(problem, rng, rng.randint(3, 60)) if wrong else problem.steps)
+        return worked_text(problem.name, problem.boxes, slipped(problem, rng, range(3, 90)) if wrong else problem.steps)
     return worked_text(problem.name, problem.boxes, slipped(problem, rng) if teacher.errs(rng, factor) else problem.steps)
 
 # %% ../nbs/07_teacher.ipynb #4dd1ca4e
@@ -140,7 +140,7 @@ def understand(
     "What a text asks for."
     if found := recall(text): return "recall", found
     if found := parse_instruction(text): return "code", found
-    if found := parse_problem(re.sub(r" has some ", lambda m: f" has {rng.randint(2, 20)} ", text)): return "problem", found
+    if found := parse_problem(re.sub(r" has some ", lambda m: f" has {rng.randint(2, 99)} ", text)): return "problem", found
     if m := re.search(r"What is (\d+) ([-+*]) (\d+)\?", text): return "sum", step(int(m[1]), m[2], int(m[3]))
     if found := parse_fact_question(text): return "fact", found
     return "talk", next((a for q, a in SMALL_TALK if q.lower() in text.lower()), "")
@@ -265,7 +265,7 @@ def critique(teacher, rng, question, answer):
 @task("revise", "question", "answer", "critique")
 def revise(teacher, rng, question, answer, critique):
     try: asked = json.loads(critique)["suggestions"]
-    except (ValueError, KeyError, TypeError): asked = critique.strip()
+    except (ValueError, KeyError, TypeError): asked = re.findall(r"^- .+", critique, re.M) if "Scores:" in critique else critique.strip()
     if not asked: return answer
     new = respond(teacher, rng, question, final=True, factor=0.25)
     return answer if new == "I don't know." else new
@@ -446,11 +446,14 @@ def write_code(teacher, rng, instruction):
 # %% ../nbs/07_teacher.ipynb #0536ccf3
 @task("choose span", "text")
 def choose_span(teacher, rng, text):
-    lines = re.findall(r"^\s*(\d+)[:.|)\t ] ?(.*)$", text, re.M) or [(str(i), l) for i, l in enumerate(text.split("\n"), 1)]
+    lines = re.findall(r"^ *(\d+)(?:[:.|)] ?|\t| )(.*)$", text, re.M) or [(str(i), l) for i, l in enumerate(text.split("\n"), 1)]
     body = [int(n) for n, l in lines if re.match(r"    (?!\"\"\")\S|        \S", l)]
     sums = [int(n) for n, l in lines if EQUATION.search(l)] or [int(n) for n, l in lines if re.search(r"answer is \d", l)]
     if sums: at = rng.choice(sums); return teacher.json(rng, {"start": at, "end": at, "reason": "The result follows from the numbers before it."})
-    if body: return teacher.json(rng, {"start": body[0], "end": next(n for n in body[::-1] if n - body[0] < 8), "reason": "The docstring says what the body must do."})
+    if body:
+        first = rng.choice([n for n in body if n - 1 not in body])
+        last = next(n for n in range(first, first + 99) if n + 1 not in body)
+        return teacher.json(rng, {"start": first, "end": last, "reason": "The docstring says what the body must do."})
     at = int(max(lines, key=lambda l: len(l[1]))[0]) if lines else 1
     return teacher.json(rng, {"start": at, "end": at, "reason": "It can be told from the rest."})
 
@@ -467,8 +470,8 @@ def worked_wholes(
     if asker := re.match(r"(\w+): ", last):
         other = next((n for n in re.findall(r"^(\w+): ", after, re.M) if n != asker[1]), "")
         return [f"{problem.question}\n{other}: {w.rsplit(' The answer', 1)[0]}" for w in ways]
-    between = before[before.rfind(problem.question):].strip("\n") if last.endswith(":") else problem.question   # a forum's line on who answers
-    return [f"{between}{start}{w}" for w in ways for start in ("\nAnswer: ", "\nLet us think step by step. ", " ")]
+    if last.endswith(":"): return [f"{before[before.rfind(problem.question):].strip()}\nAnswer: {w}" for w in ways]   # a thread's line on who answers
+    return [f"{problem.question}{start}{w}" for w in ways for start in ("\nLet us think step by step. ", " ")]
 
 # %% ../nbs/07_teacher.ipynb #fbccc28f
 def code_wholes(
@@ -504,8 +507,9 @@ def fill_span(teacher, rng, before, after):
     if problem and head and before.rfind(problem.name) < head.start(): problem = None   # the function stands nearer to the gap
     why, candidates = "The docstring says what is missing.", code_wholes(head, rng) if head else []
     if problem:
-        why = problem.worked()
-        candidates = worked_wholes(problem, before, after, [solve(teacher, problem, rng), why, problem.merged(), problem.direct()])
+        why = solve(teacher, problem, rng)
+        ways = [why, problem.worked(), problem.merged(), f"The answer is {final_answer(why)}."]
+        candidates = worked_wholes(problem, before, after, ways if rng.random() < 0.5 else ways[::-1])
     for whole in candidates:
         for w, b, a in ((whole, before, after), tuple(" ".join(t.split()) for t in (whole, before, after))):
             if gap := missing(w, b, a): return f"{why}\n<span>\n{gap}\n</span>"
