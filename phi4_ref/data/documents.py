@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 
 import lxml.etree as etree
-import lxml.html
 
 from .extract import code_text, decode, dissolve_inline, equations, extract_html, put_text, render
 
@@ -54,7 +53,8 @@ def parse_xml(
     data = xml.encode("utf-8") if isinstance(xml, str) else xml
     parser = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True, remove_pis=True, recover=True)
     root = etree.fromstring(data, parser) if data.strip() else None
-    if root is None: raise ValueError(f"not an XML document: {data[:40]!r}; plain text goes through text_to_document")
+    if root is not None: etree.strip_elements(root, etree.Entity, with_tail=False)
+    else: raise ValueError(f"not an XML document: {data[:40]!r}; plain text goes through text_to_document")
     return root
 
 # %% ../../nbs/21_data.documents.ipynb #9abea3d6
