@@ -82,7 +82,7 @@ def sample_seed(
 def groups(
     prompts:list[list[int]],  # token ids
     caps:list[int],           # new tokens allowed for each
-    tokens:int=2**17          # slots in one group: rows x (longest prompt + cap)
+    tokens:int=2**14          # slots in one group: rows x (longest prompt + cap)
 )->list[list[int]]:           # indices, together each prompt once
     "Rows that are decoded together: one cap, like lengths, bounded memory."
     out = []

@@ -6,10 +6,10 @@
 __all__ = ['STAGES', 'CHECKPOINTS', 'TABLE_9_COLUMN', 'TABLE_9_ROW', 'TABLE_2_ROW', 'STEPS', 'ARMS', 'FIGURE_6_COLUMN', 'COLOURS',
            'VERDICTS', 'RULES', 'table', 'benchmark_names', 'scores_cell', 'scores_table', 'printed_change',
            'changes_table', 'scores_section', 'arm_changes', 'plot_arms', 'picture', 'arms_section', 'course',
-           'showcase', 'counts_line', 'pts_section', 'context_section', 'outcome_shares', 'plot_outcomes',
-           'refusal_section', 'mixture_section', 'curation_section', 'synthesis_section', 'judge_section', 'read_log',
-           'plot_losses', 'losses_section', 'time_section', 'replies_section', 'section', 'introduction', 'sections',
-           'write_report']
+           'showcase', 'pieces', 'counts_line', 'code_span', 'pts_section', 'context_section', 'outcome_shares',
+           'plot_outcomes', 'refusal_section', 'mixture_section', 'curation_section', 'synthesis_section',
+           'judge_section', 'read_log', 'smooth', 'plot_losses', 'losses_section', 'time_section', 'replies_section',
+           'section', 'introduction', 'sections', 'write_report']
 
 # %% ../../nbs/65_eval.report.ipynb #2518c522
 import json
@@ -162,16 +162,30 @@ def course(
 # %% ../../nbs/65_eval.report.ipynb #95535b07
 def showcase(
     rows:list[dict]  # rows of pts/trajectories.json
-)->dict|None:        # one with `pieces`; a traced one with pivots if there is any
+)->dict|None:        # a traced one if there is any, then one with many pivots
     "The trajectory to draw."
-    shown = [r for r in rows if r.get('pieces')]
-    return max(shown, key=lambda r: (bool(r.get('trace')), len(r['pivots']), -len(r['tokens']))) if shown else None
+    return max(rows, key=lambda r: (bool(r.get('trace')), len(r['pivots']), -len(r['tokens'])), default=None)
+
+def pieces(
+    row:dict,  # a trajectory
+    run:Path
+)->list[str]:  # the text of each token
+    "As stored with the trajectory, or else by the tokenizer of the run's SFT checkpoint."
+    if row.get('pieces'): return row['pieces']
+    from transformers import AutoTokenizer
+    if not (run/'sft/tokenizer.json').exists(): raise ValueError('the trajectories carry no text of their tokens and there is no sft/tokenizer.json to decode them')
+    tokenizer = AutoTokenizer.from_pretrained(run/'sft')
+    return [tokenizer.decode([t]) for t in row['tokens']]
 
 # %% ../../nbs/65_eval.report.ipynb #ce25c7a5
 def counts_line(counts:dict)->str:
     "'questions 200, pairs 270': the plain numbers among some counts, in words."
     show = lambda v: f'{v:,}' if isinstance(v, int) else f'{v:.3g}'
     return ', '.join(f"{k.replace('_', ' ')} {show(v)}" for k, v in counts.items() if isinstance(v, (int, float)) and not isinstance(v, bool))
+
+def code_span(token:str)->str:
+    "A token's text as it can stand in a table: quoted, with its spaces and line breaks visible."
+    return '`' + json.dumps(token, ensure_ascii=False).replace('`', "'") + '`'
 
 # %% ../../nbs/65_eval.report.ipynb #f7bf0d1b
 def pts_section(run:Path, out:Path)->str:
@@ -180,10 +194,10 @@ def pts_section(run:Path, out:Path)->str:
     pairs = load(run/'pts/pairs.parquet') if (run/'pts/pairs.parquet').exists() else []
     common = Counter((p['chosen'], p['rejected']) for p in pairs).most_common(8)
     text = 'Counts of the search: ' + counts_line(stats) + '.'
-    if common: text += '\n\nThe commonest of the pairs, as chosen token and rejected token:\n\n' + table(['chosen', 'rejected', 'pairs'], [[f'`{a}`', f'`{b}`', n] for (a, b), n in common])
+    if common: text += '\n\nThe commonest of the pairs, as chosen token and rejected token:\n\n' + table(['chosen', 'rejected', 'pairs'], [[code_span(a), code_span(b), n] for (a, b), n in common])
     row = showcase(rows)
-    if row is None: return text + '\n\nNo trajectory was stored with the text of its tokens, so there is no Figure 3.'
-    fig = figure3(row['pieces'], course(row), row['logprobs'])
+    if row is None: return text + '\n\nNo question lay in the band, so there is no trajectory to draw.'
+    fig = figure3(pieces(row, run), course(row), row['logprobs'])
     return text + '\n\n' + picture(fig, out, 'figure3', 'a completion coloured by p(success), pivotal tokens boxed') + (
         '\n\nOne sampled completion after the manner of Figure 3: each token on the colour of p(success) after it (red 0, blue 1), changes of 0.2 and more boxed, tokens of probability 0.1 or less underlined.')
 
@@ -283,6 +297,14 @@ def read_log(
     return points
 
 # %% ../../nbs/65_eval.report.ipynb #5caca1e8
+def smooth(
+    log:list[tuple], # (step, loss)
+    over:int=20      # steps of the running mean
+)->list[tuple]:
+    "The running mean of a loss."
+    return [(s, sum(v for _, v in log[max(0, i + 1 - over):i + 1]) / min(over, i + 1)) for i, (s, _) in enumerate(log)]
+
+# %% ../../nbs/65_eval.report.ipynb #bb6c4f02
 def plot_losses(
     logs:dict  # stage -> [(step, loss)]
 )->Figure:
@@ -291,7 +313,8 @@ def plot_losses(
     fig = Figure(figsize=(7.2, 1.7 * n), dpi=80, layout='constrained')
     axes = fig.subplots(n, 3, squeeze=False).ravel()
     for ax, (stage, log) in zip(axes, logs.items()):
-        ax.plot(*zip(*log), lw=1)
+        ax.plot(*zip(*log), lw=.6, alpha=.35)
+        ax.plot(*zip(*smooth(log)), lw=1.2, color='C0')
         ax.set_title(stage, fontsize=9); ax.tick_params(labelsize=7)
     for ax in axes[len(logs):]: ax.axis('off')
     fig.supxlabel('step', fontsize=8); fig.supylabel('loss', fontsize=8)
@@ -302,8 +325,8 @@ def losses_section(run:Path, out:Path)->str:
     "The loss curve of every trained stage."
     logs = {s: log for s in STAGES if (run/s/'log.jsonl').exists() and (log := read_log(run/s/'log.jsonl'))}
     if not logs: return 'No stage of this run has a `log.jsonl` with losses.'
-    rows = [[s, log[-1][0] + 1, f'{log[0][1]:.3f}', f'{log[-1][1]:.3f}'] for s, log in logs.items()]
-    return picture(plot_losses(logs), out, 'losses', 'training loss of every stage') + '\n\n' + table(['stage', 'steps', 'first loss', 'last loss'], rows)
+    rows = [[s, log[-1][0], f'{log[0][1]:.3f}', f'{smooth(log)[-1][1]:.3f}'] for s, log in logs.items()]
+    return picture(plot_losses(logs), out, 'losses', 'training loss of every stage') + '\n\n' + table(['stage', 'steps', 'first loss', 'last loss (mean of 20 steps)'], rows)
 
 # %% ../../nbs/65_eval.report.ipynb #f3ffc6be
 def time_section(run:Path)->str:
@@ -340,7 +363,7 @@ def section(
     "A titled section, or a plain statement of what it lacks."
     absent = [f'`{name}`' for name in needs if not (run/name).exists()]
     try: body = f"This run has no {', '.join(absent)}, so there is nothing to show here." if absent else make()
-    except ValueError as error: body = f'Not shown: {error}'
+    except (ValueError, KeyError, TypeError) as error: body = f'Not shown, because its input is not as expected: {error!r}'
     return f'## {title}\n\n{body}\n'
 
 # %% ../../nbs/65_eval.report.ipynb #ed079ac7
