@@ -31,8 +31,9 @@ def uniform(
 )->np.ndarray:  # float64 in (0, 1), never 0 or 1
     "One number per (seed, position)."
     golden = np.uint64(0x9E3779B97F4A7C15)
-    seeds, positions = np.atleast_1d(np.asarray(seeds, np.uint64)), np.asarray(positions, np.uint64)
-    bits = splitmix64(splitmix64(seeds + golden) + (positions + np.uint64(1)) * golden)
+    seeds, positions = np.asarray(seeds, np.uint64), np.asarray(positions, np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        bits = splitmix64(splitmix64(seeds + golden) + (positions + np.uint64(1)) * golden)
     return ((bits >> np.uint64(16)).astype(np.float64) + 0.5) / 2**48
 
 # %% ../../nbs/12_model.generate.ipynb #e4cfd010
@@ -206,7 +207,7 @@ def generate(
     queue = sorted((i for i, p in enumerate(prompts) if len(p) < limits[i]), key=lambda i: (len(prompts[i]), tuple(prompts[i])), reverse=True)
     owner = [None] * min(batch_size, len(queue))
     decoder = Decoder(model, len(owner))
-    with tqdm(total=len(queue), desc="generate", disable=len(queue) <= batch_size, leave=False, mininterval=1) as bar:
+    with tqdm(total=len(queue), desc="generate", delay=5, leave=False) as bar:
         while queue or any(i is not None for i in owner):
             owner = refill(decoder, owner, queue, prompts)
             ids_R, logprobs = decoder.sample([0 if i is None else seeds[i] for i in owner], temperature, top_p)
