@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'TAG_START', 'ESCAPED_START', 'LLM', 'derive_seed', 'occurrences', 'tag', 'untag', 'prompt', 'visible',
-           'parse_json', 'ask', 'parse_text', 'ask_json', 'ReplyStore', 'Stored', 'OpenAIChat', 'GumbelNoise',
-           'LocalChat']
+           'parse_json', 'ask', 'parse_text', 'parse_code', 'ask_json', 'ReplyStore', 'Stored', 'OpenAIChat',
+           'GumbelNoise', 'LocalChat']
 
 # %% ../../nbs/30_synth.llm.ipynb #fd115a72
 import hashlib
@@ -144,6 +144,15 @@ def parse_text(
     if not reply.strip(): raise ValueError("empty reply")
     return reply.strip()
 
+# %% ../../nbs/30_synth.llm.ipynb #badcce25
+def parse_code(
+    reply:str,  # a reply that should hold a Python code block
+)->str:         # the code of its first block, ending with a newline
+    "The program in a reply. ValueError when there is no closed block."
+    block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```", reply, re.S)
+    if not block or not block[1].strip(): raise ValueError(f"no code block in {reply[:80]!r}")
+    return block[1].rstrip() + "\n"
+
 # %% ../../nbs/30_synth.llm.ipynb #31263ad6
 def ask_json(llm:LLM, prompts:list, **sampling)->tuple[list, dict]:
     "`ask` for JSON replies: values are dicts (or lists)."
@@ -200,7 +209,7 @@ class Stored:
         replies = self.store.get(keys)
         missing = sorted((i for i, reply in enumerate(replies) if reply is None), key=lambda i: copies[i])
         self.hits, self.asked = self.hits + len(keys) - len(missing), self.asked + len(missing)
-        with tqdm(total=len(missing), desc=self.name, unit="reply", delay=2, disable=None, leave=False) as bar:
+        with tqdm(total=len(missing), desc=self.name, unit="reply", delay=10, disable=None, leave=False) as bar:
             for part in self.parts(missing, copies):
                 k = copies[part[0]]
                 settings = {**sampling, "seed": derive_seed(seed, "occurrence", k) if k else seed}

@@ -248,7 +248,7 @@ def run_many(
     pool = ThreadPoolExecutor(workers)
     try:
         results = pool.map(lambda code: run_python(code, timeout_s, memory_mb), codes)
-        return list(tqdm(results, total=len(codes), desc="sandbox", unit="program", delay=2, disable=None, leave=False))
+        return list(tqdm(results, total=len(codes), desc="sandbox", unit="program", delay=10, disable=None, leave=False))
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../../nbs/31_synth.sandbox.ipynb #63491a44
@@ -257,7 +257,8 @@ def passes_many(
     workers:int=2,                # children at a time
     timeout_s:float=5,            # wall-clock seconds for each
 )->list[bool]:                    # in order
-    "`passes` for many."
-    programs = [with_witness(code, tests) for code, tests in pairs]
-    results = run_many([program for program, _ in programs], workers, timeout_s)
-    return [passed(result, word) for result, (_, word) in zip(results, programs)]
+    "`passes` for many; equal pairs are run once."
+    programs = {pair: with_witness(*pair) for pair in pairs}
+    results = run_many([program for program, _ in programs.values()], workers, timeout_s)
+    verdicts = {pair: passed(result, word) for result, (pair, (_, word)) in zip(results, programs.items())}
+    return [verdicts[pair] for pair in pairs]
