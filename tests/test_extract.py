@@ -2,8 +2,8 @@
 import os
 import random
 import re
+import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -238,11 +238,11 @@ piece = st.one_of(st.text(max_size=8), st.sampled_from([f"<{t}>" for t in TAGS] 
         st.sampled_from(["comment", "post author score", "katex", "gutter linenos", "sidebar", "highlight code", "mathjax"]), st.text("ab<>\"' =", max_size=4), st.integers(-5, 10**12)),
         st.sampled_from(["<!--", "-->", "<![CDATA[", "&#0;", "&#xD800;", "&amp", "\x00", "\ud800", "<", "\\(", "\\[", "$$", "`", "|"]))
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(piece, max_size=40).map("".join))
 def test_any_markup_gives_text(html): assert isinstance(extract_html(html), str)
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_give_text(data): assert isinstance(extract_html(data), str)
 
@@ -260,17 +260,20 @@ def test_deep_nesting_keeps_the_words():
             text = extract_html(f"<p>before" + f"<{tag}>" * n + "deep words here" + f"</{tag}>" * n + "<p>after")
             assert all(word in text for word in ("before", "deep words here", "after")), (tag, n)
 
-def test_linear_time():
-    """Eight times the input may not take thirty times as long, whatever the input repeats."""
-    units = ["<p>word <b>and</b> link <a href=x>here</a></p>", "<div class=sidebar>", "\\( ", "\\[ x ", "<span hidden>x</span>a", "<pre><span>x</span>\n</pre>", "<div class=comment><b class=author>a</b>",
-             "<table><tr><td class=gutter>1<td>x", "<td rowspan=99 colspan=99>x", "$$ ", "`", "<math><msup>", "<ul><li>"]
-    def seconds(html):
-        start = time.process_time()
-        extract_html(html)
-        return time.process_time() - start
-    for unit in units:
-        short, long = (min(seconds(unit * n) for _ in range(2)) for n in (500, 4000))
-        assert long < 30 * max(short, 0.003), (unit, short, long)
+def test_linear_work():
+    """Eight times the input may not take more than ten times the Python calls, whatever the input repeats."""
+    units = ["<p>word <b>and</b> link <a href=x>here</a></p>", "<div class=sidebar>", "\\( ", "\\[ x ", "<span hidden>x</span>a", "<pre><span>x</span>\n</pre>", "<div class=comment><b class=author>a</b></div>",
+             "<table><tr><td class=gutter>1<td>x</table>", "<td rowspan=99 colspan=99>x", "$$ ", "<math><msup>", "<ul><li>x</ul>", "<h2>a</h2><ul><li><a>b</a></ul>"]
+    def calls(html):
+        count = 0
+        def tick(*_):
+            nonlocal count
+            count += 1
+        sys.setprofile(tick)
+        try: extract_html(html)
+        finally: sys.setprofile(None)
+        return count
+    for unit in units: assert calls(unit * 800) < 10 * calls(unit * 100), unit
 
 # ---- documents
 
@@ -300,8 +303,8 @@ def test_textbook():
     assert len(texts) == 116
     for module, text in zip(modules, texts):
         assert text.startswith("# ") and text.count("```") % 2 == 0 and "<" not in re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S).replace("<>", "").replace(" < ", "").replace("< 1", ""), text[:300]
-        words = set(re.findall(r"[A-Za-z]{4,}", re.sub(rb"<metadata.*?</metadata>|<[^>]+>", b" ", module, flags=re.S).decode()))
-        assert len(words - set(re.findall(r"[A-Za-z]{4,}", text))) <= 0.05 * len(words) + 6
+        words = set(re.findall(r"[A-Za-z]{4,}", re.sub(rb"<metadata.*?</metadata>|<!--.*?-->|<[^>]+>", b" ", module, flags=re.S).decode()))
+        assert len(words - set(re.findall(r"[A-Za-z]{4,}", text))) <= 8   # titles of notes that hold nothing but slides
 
 def test_toy_pages_give_their_text():
     from phi4_ref.world import World

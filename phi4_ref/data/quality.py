@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['RATE_PAGE', 'compression_ratio', 'robust_z', 'bigrams', 'document_frequency', 'ngram_surprisal', 'outliers',
-           'rate_prompt', 'parse_rating', 'annotate', 'features', 'QualityClassifier', 'train_quality_classifier',
-           'keyword_shift']
+           'verdict', 'rate_prompt', 'parse_rating', 'annotate', 'features', 'QualityClassifier',
+           'train_quality_classifier', 'keyword_shift']
 
 # %% ../../nbs/23_data.quality.ipynb #90ae6d7e
 import json
 import random
 import re
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def bigrams(
     mixed = codes[:-1] * np.uint32(0x01000193) ^ codes[1:]
     return mixed * np.uint32(2654435761) >> np.uint32(32 - 18)
 
+# %% ../../nbs/23_data.quality.ipynb #2caae45a
 def document_frequency(
     texts:list[str]  # a collection
 )->np.ndarray:       # (2**18,) number of documents that contain each bigram
@@ -98,12 +100,17 @@ def outliers(
     z = {"unusual n-grams": robust_z(surprise, np.ones(len(texts)), usual, np.ones(len(base))),
          "repetitive: compresses too well": robust_z(ratio, size(texts), usual_ratio, size(base)),
          "random: does not compress": -robust_z(ratio, size(texts), usual_ratio, size(base))}
-    answers = []
-    for i, text in enumerate(texts):
-        why, worst = max(((name, float(scores[i])) for name, scores in z.items()), key=lambda pair: pair[1])
-        if not text.strip(): answers.append((True, "no text"))
-        else: answers.append((worst > threshold, f"{why} (z = {worst:.1f})" if worst > threshold else ""))
-    return answers
+    return [verdict(text, {name: float(scores[i]) for name, scores in z.items()}, threshold) for i, text in enumerate(texts)]
+
+def verdict(
+    text:str,                # a document
+    z:dict[str, float],      # reason -> robust z-score
+    threshold:float          # robust standard deviations
+)->tuple[bool, str]:         # (is an outlier, why)
+    "The strongest reason against a document, if it is strong enough."
+    if not text.strip(): return True, "no text"
+    why = max(z, key=z.get)
+    return (True, f"{why} (z = {z[why]:.1f})") if z[why] > threshold else (False, "")
 
 # %% ../../nbs/23_data.quality.ipynb #56fad93d
 RATE_PAGE = """Task: rate page
@@ -119,6 +126,7 @@ def rate_prompt(
     page = re.sub(r"<(/?\s*page)", r"< \1", text[:max_chars], flags=re.I)
     return [{"role": "user", "content": f"{RATE_PAGE}\n\n<page>\n{page}\n</page>"}]
 
+# %% ../../nbs/23_data.quality.ipynb #246d0dda
 def parse_rating(
     reply:str  # what the model said
 )->dict|None:  # {"educational": 0..5, "topic": str}, None if malformed
@@ -161,6 +169,7 @@ def features(
     texts = [text[:max_chars].encode("utf-8", "replace").decode("utf-8") for text in texts]
     return hstack([_WORDS.transform(texts), _CHARS.transform(texts)], format="csr")
 
+# %% ../../nbs/23_data.quality.ipynb #b056adcd
 @dataclass
 class QualityClassifier:
     "A linear model of educational value, 0..5, on hashed n-grams (phi-4 §2.3)."
@@ -179,8 +188,8 @@ class QualityClassifier:
     def load(cls, path:str|Path):  # path: written by `save`
         "Read a classifier. ValueError if the file is something else."
         try:
-            with np.load(path, allow_pickle=False) as file: weights, settings = file["weights"], json.loads(str(file["settings"]))
-        except (KeyError, ValueError, EOFError) as error: raise ValueError(f"{path} is not a classifier written by QualityClassifier.save: {error}") from error
+            with np.load(path, allow_pickle=False) as file: weights, settings = file["weights"].reshape(1 << 19), json.loads(str(file["settings"]))
+        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error: raise ValueError(f"{path} is not a classifier written by QualityClassifier.save: {error}") from error
         return cls(weights.astype(np.float32), float(settings["bias"]))
 
 # %% ../../nbs/23_data.quality.ipynb #32595562
