@@ -92,9 +92,9 @@ def right_padded(rows:list, device)->tuple[Tensor, Tensor]:
 
 def in_batches(rows:list, max_tokens:int=16_384)->list[list[int]]:
     "Indices of `rows`, shortest first, in batches of at most `max_tokens` after padding (or of one row)."
-    out = [[]]
+    out = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if out[-1] and (len(out[-1]) + 1) * len(rows[i]) > max_tokens: out.append([])
+        if not out or (len(out[-1]) + 1) * len(rows[i]) > max_tokens: out.append([])
         out[-1].append(i)
     return out
 
@@ -229,6 +229,7 @@ def logprobs(
     sequences:list,      # token ids of each, ragged
 )->list[list[float]]:    # as long as its sequence: log p(token | those before), nats; 0.0 for the first
     "Score given sequences under the model."
+    if not all(map(len, sequences)): raise ValueError("an empty sequence has no log-probability: leave it out")
     out, device = [[] for _ in sequences], model.lm_head.weight.device
     for batch in in_batches(sequences):
         ids_BT, _ = right_padded([sequences[i] for i in batch], device)
