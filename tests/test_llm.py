@@ -127,6 +127,17 @@ def test_a_file_that_is_no_store_is_named(tmp_path):
     with pytest.raises(ValueError, match="s.db is not a reply store"): ReplyStore(tmp_path / "s.db")
 
 
+def test_threads_and_a_renamed_directory(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    (tmp_path / "a").mkdir()
+    stored = Stored(Echo(), tmp_path / "a" / "s.db", chunk=5)
+    with ThreadPoolExecutor(4) as pool: list(pool.map(lambda i: stored.chat([user(f"{i % 7} {k}") for k in range(20)]), range(14)))
+    assert len(stored.store) == 7 * 20
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["s.db"]
+    assert len(ReplyStore(tmp_path / "b" / "s.db")) == 7 * 20
+
+
 SLOW = """
 import sys, time
 from phi4_ref.synth.llm import Stored

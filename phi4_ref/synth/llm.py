@@ -13,6 +13,7 @@ import json
 import re
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
@@ -165,25 +166,28 @@ class ReplyStore:
         self,
         path:str|Path,  # an SQLite file; made when missing
     ):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(path, timeout=60)
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.db.execute("PRAGMA journal_mode=WAL")
-            self.db.execute("PRAGMA synchronous=NORMAL")
-            self.db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
+            with self.open() as db: db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path} is not a reply store ({error}); move it away and the replies are asked for again") from error
 
+    def open(self):
+        "A connection that closes with its `with` block."
+        return closing(sqlite3.connect(self.path, timeout=60))
+
     def get(self, keys:list[bytes])->list[str|None]:
         "The stored reply of each key, None where there is none."
-        rows = (self.db.execute("SELECT reply FROM replies WHERE key=?", (key,)).fetchone() for key in keys)
+        with self.open() as db: rows = [db.execute("SELECT reply FROM replies WHERE key=?", (key,)).fetchone() for key in keys]
         return [row and row[0] for row in rows]
 
     def put(self, keys:list[bytes], replies:list[str]):
         "Store replies in one transaction; the first writer of a key wins."
-        with self.db: self.db.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?)", zip(keys, replies, strict=True))
+        with self.open() as db, db: db.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?)", zip(keys, replies, strict=True))
 
-    def __len__(self): return self.db.execute("SELECT count(*) FROM replies").fetchone()[0]
+    def __len__(self):
+        with self.open() as db: return db.execute("SELECT count(*) FROM replies").fetchone()[0]
 
 # %% ../../nbs/30_synth.llm.ipynb #31e68fe2
 class Stored:
