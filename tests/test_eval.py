@@ -73,8 +73,9 @@ def test_unknown_scores_the_refusal():
 
 def test_code_must_reach_the_end_of_its_tests():
     replies = ['    return 2 * x', '```python\ndef double(x):\n    return x + x\n```', '    return x * x', '    import sys; sys.exit(0)',
-               '    return 2 * x\n\nprint(', 'def double(x): return 2 * x\nimport os; os._exit(0)', '    while True: pass']
-    assert [g.score for g in code([DOUBLE] * 7, replies, timeout_s=2.)] == [1, 1, 0, 0, 1, 0, 0]
+               '    return 2 * x\n\nprint(', 'def double(x): return 2 * x\nimport os; os._exit(0)']
+    assert [g.score for g in code([DOUBLE] * 6, replies, timeout_s=30.)] == [1, 1, 0, 0, 1, 0]
+    assert code([DOUBLE], ['    while True: pass'], timeout_s=1.)[0].outcome == 'incorrect'
 
 
 def test_choices():
@@ -211,14 +212,11 @@ def test_choice_logprobs_are_the_models(knowing, tokenizer):
             assert got == pytest.approx(want, abs=1e-4)
 
 
-@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), max_size=40), st.integers(1, 200))
-def test_groups_hold_every_row_once_within_memory(rows, tokens):
-    prompts, caps = [[0] * n for n, _ in rows], [c for _, c in rows]
-    made = groups(prompts, caps, tokens)
+@given(st.lists(st.tuples(st.integers(1, 900), st.integers(1, 4)), max_size=40))
+def test_groups_hold_every_row_once_and_like_lengths(rows):
+    made = groups([[0] * n for n, _ in rows], [c for _, c in rows])
     assert sorted(i for g in made for i in g) == list(range(len(rows)))
-    for g in made:
-        assert len({caps[i] for i in g}) == 1
-        assert len(g) == 1 or len(g) * (max(len(prompts[i]) for i in g) + caps[g[0]]) <= tokens
+    for g in made: assert len({rows[i][1] for i in g}) == 1 and max(sum(rows[i]) for i in g) < 2 * min(sum(rows[i]) for i in g)
 
 
 def test_summary_counts_questions_not_samples(tokenizer):

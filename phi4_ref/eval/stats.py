@@ -91,7 +91,7 @@ def mean_interval(
         half = t95(units) * se
         return Interval(mean, mean - half, mean + half, units)
     if units == len(x): return wilson(x.sum(), len(x))
-    n = units if se in (0, math.inf) else max(1., min(len(x), mean * (1 - mean) / se**2))
+    n = units if mean in (0, 1) else max(1., min(len(x), mean * (1 - mean) / max(se**2, 1e-12)))
     return wilson(mean * n, n, t95(units) if units > 1 else Z95)._replace(n=units)
 
 # %% ../../nbs/60_eval.stats.ipynb #38ad5a3e

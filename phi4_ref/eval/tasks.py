@@ -63,7 +63,7 @@ def containment(
 def code(
     questions:list[dict],  # QUESTION rows of kind code: meta holds `tests`, `entry_point`, `prompt`
     replies:list[str],     # one each: a fenced block, or the continuation of `prompt`
-    timeout_s:float=5.     # wall clock a program, seconds
+    timeout_s:float=10.    # wall clock a program, seconds
 )->list[Grade]:
     "Run each reply with its tests (phi-4 §4.3: test suite)."
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait: each program is a process of its own
