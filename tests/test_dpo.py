@@ -92,6 +92,9 @@ def test_third_mass_is_measured_from_the_full_softmax():
 
 def test_drift_is_the_divergence_over_the_prefix_and_the_merged_pivot():
     model, ref, pairs = tiny(), tiny(1), some_pairs(3)
+    for r in pairs:  # two tokens that matter
+        likely = model(torch.tensor([r['prompt_ids']]))[0, -1].topk(2).indices.tolist()
+        r['chosen_ids'], r['rejected_ids'] = likely[:1], likely[1:]
     batch = dpo.collate_tokens(pairs, [0.] * 3)
     found = dpo.drift(model, ref, model.hidden(batch['input_ids']), batch['input_ids'], batch)
     for r, kl in zip(pairs, found):

@@ -67,7 +67,7 @@ def test_malformed_replies_are_retried_then_set_aside():
 
 @pytest.mark.parametrize('scores', [
     {'1': dict(accuracy=5, style=5, detail=5)},                                                            # a reply without scores
-    {str(i): dict(accuracy=6, style=5, detail=5) for i in (1, 2)}, {str(i): dict(accuracy=float('nan'), style=5, detail=5) for i in (1, 2)},
+    {str(i): dict(accuracy=6, style=5, detail=5) for i in (1, 2)}, {str(i): dict(accuracy=0, style=5, detail=5) for i in (1, 2)}, {str(i): dict(accuracy=float('nan'), style=5, detail=5) for i in (1, 2)},
     {str(i): dict(accuracy='high', style=5, detail=5) for i in (1, 2)}, [], 'all good', {str(i): dict(accuracy=5, style=5) for i in (1, 2)}])
 def test_incomplete_or_impossible_scores_are_malformed(scores):
     with pytest.raises((ValueError, LookupError, TypeError, AttributeError)): judge.parse_scores(json.dumps(dict(scores=scores)), 2)
