@@ -198,6 +198,7 @@ CODE_CARRIERS = {
     "github blob": '<table class="highlight tab-size js-file-line-container"><tbody><tr><td id="L1" class="blob-num js-line-number" data-line-number="1"></td><td id="LC1" class="blob-code blob-code-inner js-file-line"><span class="pl-k">def</span> f():</td></tr>\n<tr><td class="blob-num" data-line-number="2"></td>\n<td class="blob-code">    pass</td></tr></tbody></table>',
     "github textarea": '<textarea id="read-only-cursor-text-area" aria-label="file content">def f():\n    pass\n</textarea>',
     "pasted numbers": '<pre>1  def f():\n2      pass\n3      </pre>',
+    "copy button": '<pre><button type="button">Copy</button><code class="language-python">def f():\n    pass</code></pre>',
     "breaks": '<pre>def f():<br>&nbsp;&nbsp;&nbsp;&nbsp;pass</pre>',
 }
 
@@ -259,6 +260,13 @@ def test_deep_nesting_keeps_the_words():
         for n in (200, 1500, 5000):
             text = extract_html(f"<p>before" + f"<{tag}>" * n + "deep words here" + f"</{tag}>" * n + "<p>after")
             assert all(word in text for word in ("before", "deep words here", "after")), (tag, n)
+
+def test_hundreds_of_levels_keep_their_blocks():
+    text = extract_html("<div>" * 120 + "<b>" * 1500 + "<p>One paragraph.<p>Another paragraph." + "</b>" * 1500 + "<pre>x = 1\ny = 2</pre>")
+    assert "One paragraph.\n\nAnother paragraph." in text and "```\nx = 1\ny = 2\n```" in text
+
+def test_spans_are_bounded():
+    assert len(extract_html('<table><tr><td colspan=99999>a<td rowspan=99999>b<tr><td>c<td>d</table>')) < 2000
 
 def test_linear_work():
     """Eight times the input may not take more than ten times the Python calls, whatever the input repeats."""

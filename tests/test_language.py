@@ -34,7 +34,7 @@ def test_prose_is_not_masked():
 def test_order_and_length():
     answers = identify([GERMAN, "How many eggs do the ducks lay in a week?", "アヒルは一日に卵をいくつ産みますか。"])
     assert [lang for lang, _ in answers] == ["de", "en", "ja"] and all(0.5 < p <= 1 for _, p in answers)
-    assert identify([]) == []
+    assert identify([]) == [] and identify(["\ud800 " + GERMAN])[0][0] == "de"
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(alphabet=st.characters(blacklist_categories=()), max_size=80), max_size=4))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from phi4_ref.data.quality import (QualityClassifier, annotate, compression_ratio, keyword_shift, outliers, parse_rating, rate_prompt, robust_z,
-                                   train_quality_classifier)
+from phi4_ref.data.quality import (QualityClassifier, annotate, bigrams, compression_ratio, document_frequency, keyword_shift, ngram_surprisal, outliers,
+                                   parse_rating, rate_prompt, robust_z, train_quality_classifier)
 
 WORDS = "the a of and to in water garden market seven apples river stone small green walks buys sells because after then house village early winter bread".split()
 
@@ -33,6 +33,14 @@ def test_a_reference_judges_a_collection_of_garbage():
 def test_garbage_that_repeats_does_not_become_usual():
     verdicts = outliers(CLEAN + [DAMAGED["mojibake"]] * 6)
     assert all(bad for bad, _ in verdicts[300:]) and not any(bad for bad, _ in verdicts[:300])
+
+def test_a_document_does_not_vouch_for_itself():
+    texts = CLEAN[:5] + [DAMAGED["base64"]]
+    inside = ngram_surprisal(texts, document_frequency(texts), 6, own=True)
+    for i, text in enumerate(texts):
+        others = texts[:i] + texts[i + 1:]
+        assert inside[i] == pytest.approx(ngram_surprisal([text], document_frequency(others), 5, own=False)[0])
+    assert document_frequency(["abab", "ab", "ba"])[bigrams("aba")].tolist() == [2, 2]
 
 def test_compression():
     assert compression_ratio("") == 1.0 and compression_ratio("ab" * 500) > 20 and 1.5 < compression_ratio(CLEAN[0]) < 4
@@ -99,7 +107,10 @@ def test_bad_calls_are_explained(tmp_path):
     with pytest.raises(ValueError, match="3 texts and 2 scores"): train_quality_classifier(["a", "b", "c"], [1, 2])
     np.savez(tmp_path / "other.npz", x=np.zeros(2))
     with pytest.raises(ValueError, match="other.npz is not a classifier"): QualityClassifier.load(tmp_path / "other.npz")
-    np.savez(tmp_path / "pickle.npz", weights=np.array([{}], dtype=object), settings="{}")
-    with pytest.raises(ValueError, match="pickle.npz is not a classifier"): QualityClassifier.load(tmp_path / "pickle.npz")
+    class Payload:
+        def __reduce__(self): return (open, (str(tmp_path / "ran"), "w"))
+    np.savez(tmp_path / "payload.npz", weights=np.array([Payload()], dtype=object), settings="{}")
+    with pytest.raises(ValueError, match="payload.npz is not a classifier"): QualityClassifier.load(tmp_path / "payload.npz")
+    assert not (tmp_path / "ran").exists()
     (tmp_path / "noise.npz").write_bytes(b"PK\x03\x04 not a zip")
     with pytest.raises(ValueError, match="noise.npz is not a classifier"): QualityClassifier.load(tmp_path / "noise.npz")
