@@ -30,6 +30,7 @@ class WorldSource(Section):
     kind: Literal["world"]
     people: PositiveInt          # people about whom facts exist
     pages: PositiveInt           # HTML pages, planted defects included
+    max_number: Annotated[int, Field(ge=4)]  # largest operand of a problem
     seed_questions: PositiveInt  # organic questions, some wrong or unanswered
     conversations: PositiveInt   # organic chats for SFT
     books: PositiveInt           # ledgers and other long or in-context documents
