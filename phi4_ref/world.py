@@ -13,12 +13,12 @@ import random
 from functools import cached_property
 
 from .pages import RULES, fact_split, make_pages
-from .universe import (FAMILIES, FIRST, KINDS, VALUES, Context, Function, Person, Problem, about_tokens, ask, asserts,
+from .universe import (FAMILIES, FIRST, VALUES, Context, Function, Person, Problem, about_tokens, ask, asserts,
                                held_out, make_context, make_functions, make_people, make_problems, qa, state, stream)
 
 # %% ../nbs/06_world.ipynb #05f2d32c
 def split_context(
-    kind:str,           # json, rag or ledger
+    kind:str,           # json, rag, ledger or account
     rng:random.Random,  # the stream
     tokens:int,         # about how long
     split:str="train"   # or "test", by the hash of the first unit
@@ -30,28 +30,29 @@ def split_context(
         if held_out(first.text) == (split == "test"): return make_context(kind, stream(number), tokens)
 
 # %% ../nbs/06_world.ipynb #7bb030ee
-TITLES = {"ledger": "Ledger", "json": "Register", "rag": "Sailing list"}
+TITLES = {"account": "Account", "ledger": "Ledger", "json": "Register", "rag": "Sailing list"}
 
 # %% ../nbs/06_world.ipynb #6e93d176
 def short_book(
-    kind:str,           # json, rag or ledger
+    kind:str,           # json, rag, ledger or account
     rng:random.Random,  # the stream
     tokens:int          # about how long with its questions
 )->str:
-    "A context with three questions about it."
+    "A context with up to three questions about it."
     context = split_context(kind, rng, max(40, tokens - 75))
     asked = rng.sample(context.asks, min(3, len(context.asks)))
     return context.text + "\n\n" + "\n\n".join(qa(q, reply) for q, _, reply in asked)
 
 # %% ../nbs/06_world.ipynb #a6a0aee6
 def long_book(
-    kind:str,           # json, rag or ledger
+    kind:str,           # json, rag, ledger or account
     rng:random.Random,  # the stream
     tokens:int,         # about how long
     reach_tokens:int    # how far back a question may ask
 )->str:
     "A long context with questions for early units, between the units and at the end."
-    context = split_context(kind, rng, tokens)
+    context = split_context(kind, rng, min(tokens, reach_tokens) if kind == "account" else tokens)
+    if kind == "account": return context.text + "\n\n" + qa(*context.asks[0][::2])
     reach = max(3, round(reach_tokens / about_tokens(context.text) * len(context.units)))
     def early(n):
         window = context.asks[max(0, n - reach):n]
@@ -69,10 +70,10 @@ def make_books(
     n:int,                # documents; one in ten is long
     base_tokens:int=190   # about the longest short one; long ones have 2 to 15 times as many
 )->list[dict]:            # DOCUMENT rows, source "acquired", meta title, kind, long
-    "Ledgers, registers and sailing lists."
-    rows = []
+    "Accounts, ledgers, registers and sailing lists; half are accounts."
+    order, rows = [kind for other in ("json", "rag", "ledger") for kind in ("account", other)], []
     for i in range(n):
-        rng, kind, is_long = stream(seed, "book", i), list(KINDS)[i % 3], i % 10 == 0
+        rng, kind, is_long = stream(seed, "book", i), order[(i + i // 10) % 6], i % 10 == 0
         size = rng.randint(5, 15) * base_tokens if rng.random() < 0.25 else round(rng.uniform(2, 4.2) * base_tokens)
         text = long_book(kind, rng, size, 4 * base_tokens) if is_long else short_book(kind, rng, rng.randint(base_tokens // 2, base_tokens))
         rows.append({"id": f"book-{i:05}", "text": text, "source": "acquired", "lang": "en", "meta": {"title": f"{TITLES[kind]} {i}", "kind": kind, "long": is_long}})
@@ -234,7 +235,7 @@ def mcq_row(
 # %% ../nbs/06_world.ipynb #b8bdaccb
 def recall_row(
     id:str,      # of the row
-    kind:str,    # json, rag or ledger
+    kind:str,    # json, rag, ledger or account
     length:int,  # 1, 2 or 4 times the base context
     seed:int,    # of the world
     tokens:int   # about how long the context
@@ -242,7 +243,7 @@ def recall_row(
     "A question about a context that no training document contains."
     rng = stream(seed, "recall", id)
     context = split_context(kind, rng, tokens, "test")
-    i = rng.randrange((len(context.units) + 1) // 2)
+    i = rng.randrange((len(context.asks) + 1) // 2)
     question, answer, reply = context.asks[i]
     meta = {"context": context.text, "length": length, "depth": i / len(context.units), "reply": reply, "context_kind": kind}
     return {"id": id, "question": question, "answer": answer, "kind": "rag" if kind == "rag" else "recall", "meta": meta}
@@ -251,7 +252,7 @@ def recall_row(
 def recall_rows(
     seed:int,        # of the world
     name:str,        # of the benchmark
-    kind:str,        # json, rag or ledger
+    kind:str,        # json, rag, ledger or account
     n:int,           # items, over the three lengths
     base_tokens:int  # about how long a context of length 1
 )->list[dict]:
@@ -287,7 +288,8 @@ def make_benchmarks(
     return {"arithmetic": [problem_row(f"arithmetic-{i:04}", p) for i, p in enumerate(make_problems(n, seed, max_number=max_number, split="test"))],
             "code": [code_row(f"code-{i:04}", f, stream(seed, "code benchmark", i)) for i, f in enumerate(list(held.values())[:n])],
             **fact_benchmarks(seed, people, n),
-            "json_recall": recall_rows(seed, "json_recall", "json", n, base_tokens), "rag": recall_rows(seed, "rag", "rag", n, base_tokens), "ledger": recall_rows(seed, "ledger", "ledger", n, base_tokens)}
+            "json_recall": recall_rows(seed, "json_recall", "json", n, base_tokens), "rag": recall_rows(seed, "rag", "rag", n, base_tokens),
+            "account": recall_rows(seed, "account", "account", n, base_tokens), "ledger": recall_rows(seed, "ledger", "ledger", n, base_tokens)}
 
 # %% ../nbs/06_world.ipynb #329f3d6d
 class World:
