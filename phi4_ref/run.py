@@ -6,7 +6,7 @@
 __all__ = ['CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'Stage', 'make_world', 'make_teacher', 'collect', 'curate',
            'curate_texts', 'synthesise', 'train_settings', 'training_documents', 'open_checkpoint', 'pretrain',
            'midtrain', 'ModelLLM', 'best_answers', 'refusals', 'sft', 'pts', 'pair_tokens', 'preference_stage',
-           'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'judge', 'judged', 'stage2_only', 'final',
+           'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'judge', 'judged', 'stage2_only', 'final', 'asked_of',
            'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'needs_again', 'run_stage', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
@@ -326,13 +326,24 @@ def final(c, inputs, out): return judged(c, inputs, out, "dpo")
 CHECKPOINTS = {"base": "pretrain", "midtrained": "midtrain", "sft": "sft", "dpo": "dpo", "dpo_shuffled": "dpo_shuffled",
                "dpo_full": "dpo_full", "stage2_only": "stage2_only", "final": "final"}  # name in the report -> stage
 
+def asked_of(
+    name:str,         # of a checkpoint
+    benchmarks:dict,  # name -> QUESTION rows
+)->dict:              # those it is asked
+    "Problems to the controls; long contexts to base, midtrained, SFT and final; the rest to all."
+    def kept(rows):
+        if name in ("dpo_shuffled", "dpo_full"): return rows[0]["kind"] == "problem"
+        return "length" not in rows[0]["meta"] or name in ("base", "midtrained", "sft", "final")
+    return {benchmark: rows for benchmark, rows in benchmarks.items() if rows and kept(rows)}
+
 def evaluate_checkpoint(c, folder, name, benchmarks):
     "The answers of one checkpoint."
     from phi4_ref.eval.harness import evaluate
     model, tokenizer = open_checkpoint(folder)
     settings = dict(chat=name not in ("base", "midtrained"), max_new_tokens=c.evaluate.max_new_tokens, limit=c.evaluate.items, seed=c.seed, name=name)
-    problems = {b: rows for b, rows in benchmarks.items() if rows and rows[0]["kind"] == "problem"}
-    return evaluate(model, tokenizer, benchmarks, **settings) + evaluate(model, tokenizer, problems, samples=c.evaluate.samples, temperature=1.0, **settings)
+    asked = asked_of(name, benchmarks)
+    problems = {b: rows for b, rows in asked.items() if rows[0]["kind"] == "problem"}
+    return evaluate(model, tokenizer, asked, **settings) + evaluate(model, tokenizer, problems, samples=c.evaluate.samples, temperature=1.0, **settings)
 
 def evaluate(c, inputs, out):
     "Every checkpoint on every benchmark (phi-4 §3, Table 9)."
