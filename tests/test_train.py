@@ -19,6 +19,9 @@ from phi4_ref.train.midtrain import long_data, midtrain, raise_rope
 from phi4_ref.train.pretrain import pretrain
 from phi4_ref.train.sft import best_of_n, sft
 
+settings.register_profile('untimed', deadline=None, max_examples=40)
+settings.load_profile('untimed')
+
 TINY = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32)
 
 def tiny(seed=0, **kw):
@@ -222,7 +225,6 @@ def test_weight_decay_spares_norms_and_embeddings():
     assert decayed['weight_decay'] == .1 and spared['weight_decay'] == 0
     assert len(decayed['params']) + len(spared['params']) == len(list(model.parameters()))
 
-@settings(max_examples=30)
 @given(st.integers(1, 500), st.floats(0, .5))
 def test_schedule(steps, warmup):
     s = TrainSettings(lr=2., warmup_fraction=warmup)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TrainSettings', 'lr_at', 'param_groups', 'make_optimizer', 'plain_lm_loss', 'ChunkedCrossEntropy', 'lm_loss',
-           'computes_bf16', 'Objective', 'process_share', 'train_step', 'scale_gradients', 'rng_state', 'set_rng_state',
-           'write_checkpoint', 'read_state', 'latest_checkpoint', 'load_checkpoint', 'describe_run', 'check_same_run',
-           'cut_log', 'interrupt_flag', 'restore', 'save', 'count_tokens', 'set_lr', 'train']
+           'computes_bf16', 'use_bf16', 'Objective', 'process_share', 'train_step', 'scale_gradients', 'rng_state',
+           'set_rng_state', 'write_checkpoint', 'read_state', 'latest_checkpoint', 'load_checkpoint', 'describe_run',
+           'check_same_run', 'cut_log', 'interrupt_flag', 'restore', 'save', 'count_tokens', 'account', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import base64
+import errno
 import hashlib
 import json
 import math
@@ -75,6 +76,7 @@ def param_groups(
     rest = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     return [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.)]
 
+# %% ../../nbs/41_train.loop.ipynb #ada8466c
 def make_optimizer(model, settings:TrainSettings):
     "Fused AdamW over `param_groups`."
     return torch.optim.AdamW(param_groups(model, settings.weight_decay), lr=settings.lr, betas=settings.betas, fused=True)
@@ -137,6 +139,10 @@ def computes_bf16(
     if device.type == 'cpu': return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
 
+def use_bf16(settings:TrainSettings, device)->bool:
+    "The precision that the settings mean on this device."
+    return settings.precision == 'bf16' or settings.precision == 'auto' and computes_bf16(device)
+
 # %% ../../nbs/41_train.loop.ipynb #bdd93322
 class Objective(torch.nn.Module):
     "Model and loss as one module: what DistributedDataParallel wraps, so that a loss may call any part of the model."
@@ -147,7 +153,8 @@ class Objective(torch.nn.Module):
 
     def forward(self, batch):
         device = batch[next(iter(batch))].device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16): return self.loss(self.model, batch)
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):  # also switches off what a launcher switched on
+            return self.loss(self.model, batch)
 
 # %% ../../nbs/41_train.loop.ipynb #f2bfa6f4
 def process_share(
@@ -214,6 +221,7 @@ def rng_state()->dict:
     cuda = [pack(t) for t in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
     return dict(python=[version, list(internal), gauss], numpy=[name, keys.tolist(), *rest], torch=pack(torch.get_rng_state()), cuda=cuda)
 
+# %% ../../nbs/41_train.loop.ipynb #a8c934ea
 def set_rng_state(state:dict):
     "The inverse of `rng_state`."
     unpack = lambda s: torch.frombuffer(bytearray(base64.b64decode(s)), dtype=torch.uint8)
@@ -223,7 +231,7 @@ def set_rng_state(state:dict):
     torch.set_rng_state(unpack(state['torch']))
     if state['cuda'] and torch.cuda.device_count() == len(state['cuda']): torch.cuda.set_rng_state_all([unpack(s) for s in state['cuda']])
 
-# %% ../../nbs/41_train.loop.ipynb #c0b26a5e
+# %% ../../nbs/41_train.loop.ipynb #5611b9d2
 def write_checkpoint(
     path,           # directory to appear: .../step_00000100
     model,
@@ -236,7 +244,10 @@ def write_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_model(model, str(temporary/'model.safetensors'))
-    torch.save(optimizer.state_dict(), temporary/'optimizer.pt')
+    try: torch.save(optimizer.state_dict(), temporary/'optimizer.pt')
+    except RuntimeError as e:  # what PyTorch makes of a full disk
+        if shutil.disk_usage(temporary).free < 2**20: raise OSError(errno.ENOSPC, f'no space left on the disk for {temporary}') from e
+        raise
     sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
     (temporary/'state.json').write_text(json.dumps(state | dict(files=sizes)))
     for file in [*temporary.iterdir(), temporary]: _fsync(file)
@@ -249,7 +260,7 @@ def _fsync(path):
     try: os.fsync(descriptor)
     finally: os.close(descriptor)
 
-# %% ../../nbs/41_train.loop.ipynb #5611b9d2
+# %% ../../nbs/41_train.loop.ipynb #f98c3194
 def read_state(
     path,   # a directory that `write_checkpoint` made
 )->dict:    # its state
@@ -262,6 +273,7 @@ def read_state(
         if found != size: raise ValueError(f'{path}/{name} has {found} bytes where {size} were written')
     return state
 
+# %% ../../nbs/41_train.loop.ipynb #788968a7
 def latest_checkpoint(
     folder,        # the directory of checkpoints
     say=print,     # told about a damaged checkpoint that is passed over
@@ -298,6 +310,7 @@ def describe_run(
     del described['micro_batch_size']  # may change: it does not enter the result
     return json.loads(json.dumps(described))
 
+# %% ../../nbs/41_train.loop.ipynb #ca295cc5
 def check_same_run(old:dict, new:dict, out_dir):
     "ValueError that names every field in which a checkpoint's run differs from this one."
     differs = [f'{k}: {old.get(k)!r} then, {new[k]!r} now' for k in new if old.get(k) != new[k]]
@@ -379,9 +392,18 @@ def count_tokens(
     "Tokens that the model reads for this batch."
     return sum(v.numel() for k, v in batch.items() if k.endswith('input_ids'))
 
-def set_lr(optimizer, lr:float):
-    "The learning rate of the next update."
-    for group in optimizer.param_groups: group['lr'] = lr
+# %% ../../nbs/41_train.loop.ipynb #da421279
+def account(
+    state:dict,     # step, tokens, seconds; brought up to date
+    row:dict,       # of `train_step`
+    batch:dict,     # the global batch
+    lr:float,
+    seconds:float,  # that the step took
+)->dict:            # the row of the log
+    "Count a step, and order what the log says of it."
+    state |= dict(step=state['step'] + 1, tokens=state['tokens'] + count_tokens(batch), seconds=state['seconds'] + seconds)
+    return dict(step=state['step'], lr=lr, **row, tokens=state['tokens'],
+                tokens_per_s=count_tokens(batch) / seconds, seconds=state['seconds'])
 
 # %% ../../nbs/41_train.loop.ipynb #de0cf417
 def train(
@@ -397,14 +419,14 @@ def train(
 )->list:                     # rows of log.jsonl
     "Train to the end of the batches, continuing what was done before (phi-4 §3, §3.3, §4)."
     accelerator, log_file = Accelerator(), Path(out_dir)/'log.jsonl'
+    if accelerator.mixed_precision not in ('no', 'bf16'): raise ValueError(f'launched with mixed precision {accelerator.mixed_precision!r}: launch without, and set precision')
     main = accelerator.is_main_process
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     set_seed(settings.seed)
     model.to(accelerator.device).train()
     plain_optimizer = make_optimizer(model, settings)
     state = restore(accelerator, out_dir, model, plain_optimizer, describe_run(batches, settings), resume)
-    bf16 = settings.precision == 'bf16' or settings.precision == 'auto' and computes_bf16(accelerator.device)
-    objective, optimizer = accelerator.prepare(Objective(model, loss, bf16), plain_optimizer)
+    objective, optimizer = accelerator.prepare(Objective(model, loss, use_bf16(settings, accelerator.device)), plain_optimizer)
     rows = cut_log(log_file, state['step']) if main else []
     hide = None if progress is None and main else not (progress and main)
     with interrupt_flag() as stop, open(log_file if main else os.devnull, 'a') as log, \
@@ -412,17 +434,14 @@ def train(
         for step in range(state['step'], len(batches)):
             start, batch, lr = time.perf_counter(), batches.batch(step), lr_at(step, len(batches), settings)
             micros = process_share(batch, accelerator.process_index, accelerator.num_processes, settings.micro_batch_size)
-            set_lr(optimizer, lr)
+            for group in optimizer.param_groups: group['lr'] = lr
             try: row = train_step(accelerator, objective, optimizer, micros, settings.grad_clip, stop.is_set())
             except FloatingPointError as e: raise FloatingPointError(f'step {step + 1}: {e}. The weights are those of step {step}; '
                 f'the newest checkpoint in {out_dir}/checkpoints is from before it') from None
-            seconds, stopped = time.perf_counter() - start, row.pop('stop')
-            state |= dict(step=step + 1, tokens=state['tokens'] + count_tokens(batch), seconds=state['seconds'] + seconds)
-            row = dict(step=step + 1, loss=row.pop('loss'), lr=lr, **row, tokens=state['tokens'],
-                       tokens_per_s=count_tokens(batch) / seconds, seconds=state['seconds'])
-            rows.append(row)
-            print(json.dumps(row), file=log, flush=True)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
+            stopped = row.pop('stop')
+            rows.append(account(state, row, batch, lr, time.perf_counter() - start))
+            print(json.dumps(rows[-1]), file=log, flush=True)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {rows[-1]['tokens_per_s']:,.0f} tokens/s", refresh=False)
             bar.update()
             if stopped or (step + 1) % save_every == 0 or step + 1 == len(batches): save(accelerator, out_dir, model, plain_optimizer, state)
             if stopped: raise KeyboardInterrupt(f'stopped after step {step + 1}, checkpoint written; the same call continues')
