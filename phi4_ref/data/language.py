@@ -18,7 +18,8 @@ def detector()->LangDetector:  # loaded once a process
     return LangDetector(LangDetectConfig(model="lite", max_input_length=None))
 
 # %% ../../nbs/22_data.language.ipynb #fb218bed
-_MARKED = re.compile(r"^[> ]*(`{3,})[^\n]*\n.*?(?:^[> ]*\1`*[ \t]*$|\Z)|`[^`\n]+`|\$\$.{1,2000}?\$\$|\$[^$\n]{1,400}\$|https?://\S+|\S+@\S+\.\w+|!?\[\d*\]", re.S | re.M)
+_MARKED = re.compile(r"^[> ]*(`{3,})[^\n]*\n.*?(?:^[> ]*\1`*[ \t]*$|\Z)|`[^`\n]+`|\$\$.{1,2000}?\$\$|\$[^$\n]{1,400}\$", re.S | re.M)
+_NAMES = re.compile(r"https?://\S+|\S{1,60}@\S+\.\w+|\[\d*\]|^\#+ |\b\w+\([^()]{0,80}\)|\b[^\W_]*_\w+")
 _CODE_LINE = re.compile(r"""\s*(?:
     (?:(?:async\s)?(?:def|class|elif|else|try|except|finally|with|while|for|if|case)\b.*[:({,\[]       # opens a block
       |(?:pass|break|continue|return|(?:return|yield|raise|assert|del|global|import|await|const|let|var|using)\s.*|from\s\S+\simport\s.*)
@@ -46,7 +47,7 @@ def mask(
     for line in _MARKED.sub(" ", text[:20 * max_chars]).split("\n"):
         code = bool(line.strip()) and is_code_line(line, code)
         if code or not line.strip(): continue
-        kept.append(" ".join(line.split()))
+        kept.append(" ".join(_NAMES.sub(" ", line).split()))
         size += len(kept[-1])
         if size >= max_chars: break
     return " ".join(kept)
