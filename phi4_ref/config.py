@@ -138,6 +138,7 @@ class Pretrain(Training):
     "Pretraining (phi-4 §3, Table 5)."
     fractions: dict[Literal["web", "web_rewrite", "synthetic", "code", "acquired"], Fraction]  # of the token budget
     tokenizer: str | None = None  # a tokenizer directory; None trains one on the documents
+    max_chars: PositiveInt | None = None  # longer documents wait for midtraining, whose long data is newly curated (phi-4 §3.3)
 
     @model_validator(mode="after")
     def _whole(self):

@@ -115,8 +115,8 @@ def solve(
     "Work a problem step by step, as reliably as the teacher does."
     if is_hard(problem):
         wrong = teacher.error_rate and rng.random() < 0.85
-        return worked_text(problem.name, problem.boxes, slipped(problem, rng, range(3, 90)) if wrong else problem.steps)
-    return worked_text(problem.name, problem.boxes, slipped(problem, rng) if teacher.errs(rng, factor) else problem.steps)
+        return worked_text(problem.boxes, slipped(problem, rng, range(3, 90)) if wrong else problem.steps)
+    return worked_text(problem.boxes, slipped(problem, rng) if teacher.errs(rng, factor) else problem.steps)
 
 # %% ../nbs/07_teacher.ipynb #4dd1ca4e
 RECALL = [(r'What is the value of "(\w+)"\?', r'"{0}": (\d+)', '"{0}": {v}.'), (r"What does the (\w+) carry\?", r"The {0} carries (\w+)\.", "The {0} carries {v}."),

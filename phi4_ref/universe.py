@@ -144,12 +144,11 @@ def step(
 
 # %% ../nbs/04_universe.ipynb #08b59939
 def worked_text(
-    name:str,           # who owns the things
     boxes:bool,         # whether the story begins with boxes, so that the first step is a product
     steps:list[Step],   # results need not be true
 )->str:
     "An answer that takes one step at a time."
-    start = f"{name} starts with {steps[0] if boxes else f'{steps[0].a}.'}"
+    start = f"Start with {steps[0] if boxes else f'{steps[0].a}.'}"
     return " ".join([start, *map(str, steps[boxes:]), f"The answer is {steps[-1].result}."])
 
 # %% ../nbs/04_universe.ipynb #6cf88e36
@@ -176,7 +175,7 @@ class Problem:
     def answer(self)->int: return self.steps[-1].result
     @property
     def key(self)->str: return f"{self.steps[0].a}" + "".join(f"{s.op}{s.b}" for s in self.steps)
-    def worked(self)->str: return worked_text(self.name, self.boxes, self.steps)
+    def worked(self)->str: return worked_text(self.boxes, self.steps)
     def merged(self)->str: return merged_text(self.steps)
     def direct(self)->str: return f"The answer is {self.answer}."
     def say(self, way:str)->str: return {"worked": self.worked, "merged": self.merged, "direct": self.direct}[way]()
@@ -489,7 +488,7 @@ def ledger_unit(rng, used):
 def account_unit(rng, used):
     if not used:
         name, coins = used.new(lambda: rng.choice(PROBLEM_NAMES)), rng.randint(10, 99)
-        return f"{name} has {coins} coins.", (f"How many coins did {name} have at the start?", str(coins), f"{name} starts with {coins}.")
+        return f"{name} has {coins} coins.", (f"How many coins did {name} have at the start?", str(coins), f"Start with {coins}.")
     a, b = rng.sample(PROBLEM_NAMES, 2)
     number = used.new(lambda: len(used))
     return f"Entry {number}: {a} paid {b} {rng.randint(2, 99)} coins for {rng.choice(GOODS)}.", None

@@ -74,10 +74,11 @@ def algorithm_1(
 # %% ../../nbs/25_data.decontaminate.ipynb #a1b0a106
 def item_text(
     row,   # a Question row {question, meta, ...} or a plain string
-)->str:    # the question as it is asked, with the options
-    "What a text is compared with."
+)->str:    # the question as it is asked: after its context, with its options
+    "What a text is compared with; a question of recall is nothing without its context."
     if isinstance(row, str): return row
-    return '\n'.join([row['question'], *map(str, (row.get('meta') or {}).get('choices') or ())])
+    meta = row.get('meta') or {}
+    return '\n'.join([*filter(None, [meta.get('context')]), row['question'], *map(str, meta.get('choices') or ())])
 
 def benchmark_items(
     benchmarks:dict,  # benchmark -> its Question rows or strings
