@@ -104,6 +104,12 @@ def test_verdicts_follow_the_intervals(items):
     swap = {'sft': 'dpo', 'dpo': 'sft', 'base': 'midtrained', 'midtrained': 'base'}
     other = {c.text: c.verdict for c in claims([{**r, 'model': swap.get(r['model'], r['model'])} for r in items])}
     assert other['Pivotal-token DPO beats SFT at temperature 1'] == 'does not hold' and other['Midtraining lifts recall at 2x the context'] == 'does not hold'
+    forgets = {c.text: c for c in claims([{**r, 'score': 0.} if r['model'] == 'midtrained' and r['benchmark'] == 'arithmetic' else r for r in items])}
+    assert forgets['Midtraining keeps the short benchmarks'].verdict == 'does not hold' and verdict['Midtraining keeps the short benchmarks'].verdict == 'holds'
+    silent = {c.text: c.verdict for c in claims([{**r, 'score': 0., 'outcome': 'not attempted'} if r['model'] == 'final' and r['benchmark'] == 'knowledge' else r for r in items])}
+    assert silent['The final model still answers the facts it knew'] == 'does not hold' and silent['The final model refuses unknown facts more than known ones'] != 'holds'
+    nothing = {c.text: c for c in claims([{**r, 'score': 0.} if r['meta'].get('length') == 1 else r for r in items])}
+    assert nothing['Midtraining keeps recall at 1x'].verdict == 'not resolved' and 'little to keep' in nothing['Midtraining keeps recall at 1x'].evidence
     few = {c.text: c.verdict for c in claims([r for r in items if r['id'].split('-')[1] in '12'])}
     assert few['Midtraining keeps recall at 1x'] == 'not resolved'
 
@@ -126,12 +132,12 @@ def test_guessing_is_not_learning():
 def test_changes_pair_by_question_and_sample(items):
     a, b = pick(items, 'sft', 'arithmetic', True), pick(items, 'dpo', 'arithmetic', True)
     assert change(a, b) == change(list(reversed(a)), b) and change(a, b[:10]).n == 5 and change(a, []) is None
-    assert {r['temperature'] for r in pick(items, 'sft', 'arithmetic')} == {0.} and points(None) == ''
+    assert {r['temperature'] for r in pick(items, 'sft', 'arithmetic')} == {0.} and points(None) == '' and points(Interval(-.001, -.02, .03, 9)) == '+0 [-2, +3]'
 
 
 def test_missing_files_are_named(tmp_path, run):
     text = write_report(make_empty := tmp_path/'empty_run', tmp_path/'out').read_text() if (tmp_path/'empty_run').mkdir() is None else ''
-    assert text.count('nothing to show here') == 11 and '`pts/stats.json`, `pts/trajectories.json`' in text and '12 were not measured' in text
+    assert text.count('nothing to show here') == 11 and '`pts/stats.json`, `pts/trajectories.json`' in text and '15 were not measured' in text
     (run/'judge/counts.json').unlink(); (run/'dpo/log.jsonl').unlink()
     text = write_report(run).read_text()
     assert text.count('nothing to show here') == 1 and 'This run has no `judge/counts.json`' in text and '| sft | 40 |' in text and '| dpo | 40 |' not in text

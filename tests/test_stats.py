@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats as ss
 
-from phi4_ref.eval.stats import Z95, mean_interval, paired_interval, seeds_interval, standard_error, t95, wilson
+from phi4_ref.eval.stats import Z95, difference_interval, mean_interval, paired_interval, seeds_interval, standard_error, t95, wilson
 
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -70,6 +70,13 @@ def test_pairs_beat_two_separate_intervals():
     b = a | (rng.random(300) < .08)
     both = paired_interval(b, a)
     assert both.sign == 1 and mean_interval(a).high > mean_interval(b).low  # separate intervals overlap
+
+
+def test_difference_of_independent_proportions_is_newcombes():
+    # Newcombe (1998), example: 56/70 against 48/80 gives 0.2, interval 0.0524 to 0.3339
+    d = difference_interval(wilson(56, 70), wilson(48, 80))
+    assert d.mean == pytest.approx(.2) and d[1:3] == pytest.approx((.0524, .3339), abs=1e-4) and d.n == 70
+    assert paired_interval([1] * 30, [0] * 30).high == 1
 
 
 def test_ties_do_not_prove_equality():

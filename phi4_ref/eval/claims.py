@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'pick', 'score', 'declined', 'level', 'change', 'percent', 'points', 'Claim', 'decide', 'rises', 'stays',
-           'no_gain', 'guess_level', 'learns', 'claims', 'claims_table']
+           'no_gain', 'guess_level', 'learns', 'keeps', 'claims', 'claims_table']
 
 # %% ../../nbs/64_eval.claims.ipynb #342e54b4
 from collections import Counter
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .harness import by
-from .stats import Interval, mean_interval, paired_interval
+from .stats import Interval, difference_interval, mean_interval, paired_interval
 
 # %% ../../nbs/64_eval.claims.ipynb #ba1e18ab
 def pick(
@@ -54,7 +54,8 @@ def percent(i:Interval|None)->str:
 
 def points(i:Interval|None)->str:
     "+6 [+2, +10]: a difference in points."
-    return '' if i is None else f'{100 * i.mean:+.0f} [{100 * i.low:+.0f}, {100 * i.high:+.0f}]'
+    whole = lambda v: f'{round(100 * v):+d}'
+    return '' if i is None else f'{whole(i.mean)} [{whole(i.low)}, {whole(i.high)}]'
 
 # %% ../../nbs/64_eval.claims.ipynb #9959d172
 class Claim(NamedTuple):
@@ -98,25 +99,41 @@ def learns(
     return claim._replace(evidence=f'{percent(i)} over {i.n:g} questions, guessing {100 * guess:.0f}')
 
 # %% ../../nbs/64_eval.claims.ipynb #b86df6da
+def keeps(
+    text:str,
+    before:list[dict],  # EVAL_ITEM rows of the earlier checkpoint
+    after:list[dict]    # of the later
+)->Claim:
+    "Does the later checkpoint still do what the earlier one did?"
+    claim = stays(text, change(before, after))
+    if claim.interval is None or level(before).low > 2 * MARGIN: return claim
+    return claim._replace(evidence=f'{claim.evidence}; there was little to keep, {percent(level(before))}', verdict='not resolved')
+
+# %% ../../nbs/64_eval.claims.ipynb #a668cc52
 def claims(
     items:list[dict]  # EVAL_ITEM rows of a run
 )->list[Claim]:
     "Every claim of the recipe that the items can decide."
-    known = [r for r in pick(items, 'base', 'knowledge') if r['meta'].get('tier', 'often') == 'often']
+    often = lambda m: [r for r in pick(items, m, 'knowledge') if r['meta'].get('tier', 'often') == 'often']
     long = lambda m, l: [r for r in items if r['model'] == m and r['temperature'] == 0 and r['meta'].get('length') == l]
+    short = lambda m: [r for b in ('arithmetic', 'code', 'knowledge', 'mcq') for r in pick(items, m, b)]
     warm = lambda a, b: change(pick(items, a, 'arithmetic', True), pick(items, b, 'arithmetic', True))
-    unknown = lambda a, b: change(pick(items, a, 'unknown'), pick(items, b, 'unknown'), declined)
+    unknown = lambda m: pick(items, m, 'unknown')
+    apart = lambda m: difference_interval(level(unknown(m), declined), level(often(m), declined)) if unknown(m) and often(m) else None
     return [learns('Pretraining learns the arithmetic problems', pick(items, 'base', 'arithmetic')),
             learns('Pretraining learns to write the functions', pick(items, 'base', 'code')),
-            learns('Pretraining learns the facts that are stated often', known),
+            learns('Pretraining learns the facts that are stated often', often('base')),
             *[rises(f'Midtraining lifts recall at {l}x the context', change(long('base', l), long('midtrained', l))) for l in (2, 4)],
-            stays('Midtraining keeps recall at 1x', change(long('base', 1), long('midtrained', 1))),
+            keeps('Midtraining keeps recall at 1x', long('base', 1), long('midtrained', 1)),
+            keeps('Midtraining keeps the short benchmarks', short('base'), short('midtrained')),
             rises('Pivotal-token DPO beats SFT at temperature 1', warm('sft', 'dpo')),
             no_gain('Shuffled pairs do not beat SFT', warm('sft', 'dpo_shuffled')),
             rises('Pivotal pairs beat shuffled pairs', warm('dpo_shuffled', 'dpo')),
             rises('Pivotal pairs beat full-length pairs', warm('dpo_full', 'dpo')),
-            rises('SFT refuses more unknown facts than the base model', unknown('base', 'sft')),
-            rises('The final model refuses more unknown facts than SFT', unknown('sft', 'final'))]
+            rises('SFT refuses more unknown facts than the base model', change(unknown('base'), unknown('sft'), declined)),
+            rises('The final model refuses more unknown facts than SFT', change(unknown('sft'), unknown('final'), declined)),
+            rises('The final model refuses unknown facts more than known ones', apart('final')),
+            keeps('The final model still answers the facts it knew', often('base'), often('final'))]
 
 # %% ../../nbs/64_eval.claims.ipynb #61c33ea7
 def claims_table(items)->str:

@@ -8,8 +8,8 @@ __all__ = ['STAGES', 'CHECKPOINTS', 'TABLE_9_COLUMN', 'TABLE_9_ROW', 'TABLE_2_RO
            'changes_table', 'scores_section', 'arm_changes', 'plot_arms', 'picture', 'arms_section', 'course',
            'showcase', 'pieces', 'counts_line', 'code_span', 'pts_section', 'context_section', 'outcome_shares',
            'plot_outcomes', 'refusal_section', 'mixture_section', 'curation_section', 'synthesis_section',
-           'judge_section', 'read_log', 'smooth', 'plot_losses', 'losses_section', 'time_section', 'replies_section',
-           'section', 'introduction', 'sections', 'write_report']
+           'judge_section', 'read_log', 'smooth', 'plot_losses', 'losses_section', 'time_section', 'question_text',
+           'replies_section', 'section', 'introduction', 'sections', 'write_report']
 
 # %% ../../nbs/65_eval.report.ipynb #2518c522
 import json
@@ -260,7 +260,8 @@ def refusal_section(items, out)->str:
 def mixture_section(run:Path)->str:
     "What pretraining read (phi-4 Table 5)."
     rows = []
-    for r in load_json(run/'pretrain/mixture.json'):
+    order = list(paper.TABLE_5)
+    for r in sorted(load_json(run/'pretrain/mixture.json'), key=lambda r: order.index(r['source']) if r['source'] in order else len(order)):
         p, unique = paper.TABLE_5.get(r['source']), r.get('unique', r.get('unique_tokens', 0))
         rows.append([r['source'], f"{r['fraction']:.0%}", f'{unique:,}', f"{r['epochs']:.1f}", *([f"{p['fraction']:.0%}", f"{p['unique_tokens'] / 1e9:,.0f}B", p['epochs']] if p else [None] * 3)])
     return table(['source', 'fraction', 'unique tokens', 'epochs', 'paper: fraction', 'paper: unique tokens', 'paper: epochs'], rows)
@@ -333,24 +334,31 @@ def time_section(run:Path)->str:
     "Seconds, tokens and counts of each stage, from the manifests."
     found = {s: load_json(run/s/'manifest.json') for s in STAGES if (run/s/'manifest.json').exists()}
     if not found: return 'No stage of this run has a manifest.'
-    tokens = {s: m['counts'].get('tokens') for s, m in found.items()}
+    tokens = {s: m['counts'].get('generated_tokens', m['counts'].get('tokens')) for s, m in found.items()}
     speed = lambda s: f"{tokens[s] / found[s]['seconds']:,.0f}" if tokens[s] and found[s]['seconds'] else None
-    rows = [[s, f"{m['seconds']:.0f}", tokens[s] and f'{tokens[s]:,}', speed(s), counts_line({k: v for k, v in m['counts'].items() if k != 'tokens'})] for s, m in found.items()]
+    rows = [[s, f"{m['seconds']:.0f}", tokens[s] and f'{tokens[s]:,}', speed(s), counts_line({k: v for k, v in m['counts'].items() if k not in ('tokens', 'seconds', 'generated_tokens')})] for s, m in found.items()]
     versions = ', '.join(f'{k} {v}' for k, v in list(found.values())[-1]['versions'].items())
     total = sum(m['seconds'] for m in found.values())
     return table(['stage', 'seconds', 'tokens', 'tokens/s', 'counts'], rows + [['all', f'{total:.0f}', None, None, None]]) + f'\n\nMade with {versions}.'
 
 # %% ../../nbs/65_eval.report.ipynb #a05f9ea0
-def replies_section(items)->str:
-    "The greedy replies of every checkpoint to one problem and one unknown fact."
+def question_text(run:Path, benchmark:str, id:str)->str:
+    "The words of a question, where the run keeps its benchmarks."
+    path = run/f'collect/benchmarks/{benchmark}.parquet'
+    found = [q['question'] for q in load(path) if q['id'] == id] if path.exists() else []
+    return ' '.join(found[0].split()) if found else ''
+
+def replies_section(run:Path, items)->str:
+    "The greedy replies of every checkpoint to one problem, one function, one known and one unknown fact."
     parts = []
-    for benchmark in ('arithmetic', 'unknown'):
+    for benchmark in ('arithmetic', 'code', 'knowledge', 'unknown'):
         rows = {m: pick(items, m, benchmark)[:1] for m in CHECKPOINTS}
         rows = {m: r[0] for m, r in rows.items() if r}
         if not rows: continue
         key = next(iter(rows.values()))
         lines = [f"{CHECKPOINTS[m]:14} {r['outcome']:14} {' '.join(r['reply'].split())[:160]}" for m, r in rows.items()]
-        parts.append(f"`{key['id']}`, key {key['answer']!r}:\n\n" + '\n'.join('    ' + line for line in lines))
+        words = [f"{'question':14} {question_text(run, benchmark, key['id'])}"] + [f"{'key':14} {' '.join(key['answer'].split())[:160] or '(none: only a refusal is right)'}"]
+        parts.append(f"`{key['id']}`:\n\n" + '\n'.join('    ' + line for line in [*words, *lines]))
     return '\n\n'.join(parts) or 'No replies to show.'
 
 # %% ../../nbs/65_eval.report.ipynb #2f5d892b
@@ -378,7 +386,7 @@ def introduction(run:Path, items:list[dict])->str:
             f'{len(items):,} graded replies. Of {sum(verdicts.values())} claims: ' + ', '.join(f'{verdicts[v]} {word}' for v, word in VERDICTS.items() if verdicts[v]) + '.\n')
 
 # %% ../../nbs/65_eval.report.ipynb #6b00fb67
-RULES = ('Decided by rule from 95% intervals over questions: a rise holds if its whole interval lies above zero; recall is kept, or a control shows no gain, '
+RULES = ('Decided by rule from 95% intervals over questions: a rise holds if its whole interval lies above zero; something is kept, or a control shows no gain, '
          f'if a change of {100 * MARGIN:.0f} points the wrong way is excluded. An interval over questions speaks for this run; other seeds are other runs.\n\n')
 
 def sections(run:Path, items:list[dict], out:Path)->list[tuple]:
@@ -390,7 +398,7 @@ def sections(run:Path, items:list[dict], out:Path)->list[tuple]:
             ('Pivotal token search (Figure 3)', ('pts/stats.json', 'pts/trajectories.json'), lambda: pts_section(run, out)),
             ('Context length before and after midtraining (Table 6)', file, lambda: context_section(items, out)),
             ('Refusals (Figure 6)', file, lambda: refusal_section(items, out)),
-            ('Replies', file, lambda: replies_section(items)),
+            ('Replies', file, lambda: replies_section(run, items)),
             ('Mixture (Table 5)', ('pretrain/mixture.json',), lambda: mixture_section(run)),
             ('Curation', ('curate/table.json',), lambda: curation_section(run)),
             ('Synthesis', ('synth/counts.json',), lambda: synthesis_section(run)),

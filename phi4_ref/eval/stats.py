@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Z95', 'Interval', 't95', 'wilson', 'cluster_index', 'standard_error', 'mean_interval', 'difference_by_cluster',
-           'paired_interval', 'seeds_interval']
+           'paired_interval', 'difference_interval', 'seeds_interval']
 
 # %% ../../nbs/60_eval.stats.ipynb #6925f493
 import math
@@ -123,7 +123,17 @@ def paired_interval(
     centre = d_G.sum() / (G + 2)  # two pseudo-questions: +1 and -1 at weight 1/2, 0 at weight 1
     variance = (float(d_G @ d_G) + 1) / (G + 2) - centre**2
     half = t95(G + 2) * math.sqrt(variance / (G + 2))
-    return Interval(mean, float(centre - half), float(centre + half), G)
+    return Interval(mean, max(-1., float(centre - half)), min(1., float(centre + half)), G)
+
+# %% ../../nbs/60_eval.stats.ipynb #a0eabe1d
+def difference_interval(
+    a:Interval,   # of one mean
+    b:Interval    # of another, from other questions
+)->Interval:      # of a - b; `n` is the smaller of the two
+    "The difference of two independent means with its 95% interval (Newcombe's hybrid score interval)."
+    d = a.mean - b.mean
+    low, high = math.hypot(a.mean - a.low, b.high - b.mean), math.hypot(a.high - a.mean, b.mean - b.low)
+    return Interval(d, d - low, d + high, min(a.n, b.n))
 
 # %% ../../nbs/60_eval.stats.ipynb #62836e61
 def seeds_interval(
