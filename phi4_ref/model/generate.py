@@ -207,7 +207,7 @@ def generate(
     queue = sorted((i for i, p in enumerate(prompts) if len(p) < limits[i]), key=lambda i: (len(prompts[i]), tuple(prompts[i])), reverse=True)
     owner = [None] * min(batch_size, len(queue))
     decoder = Decoder(model, len(owner))
-    with tqdm(total=len(queue), desc="generate", delay=5, leave=False) as bar:
+    with tqdm(total=len(queue), desc="generate", delay=5, mininterval=1, leave=False) as bar:
         while queue or any(i is not None for i in owner):
             owner = refill(decoder, owner, queue, prompts)
             ids_R, logprobs = decoder.sample([0 if i is None else seeds[i] for i in owner], temperature, top_p)
