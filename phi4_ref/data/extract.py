@@ -7,10 +7,10 @@ __all__ = ['decode', 'parse_html', 'words', 'names_of', 'put_text', 'is_gutter',
            'strip_line_numbers', 'code_language', 'is_code_block', 'code_blocks', 'symbol_to_tex', 'scripts_to_tex',
            'mathml_to_tex', 'tex_source', 'is_equation', 'is_displayed', 'equations', 'tex_delimiters', 'post_kind',
            'post_fields', 'author_name', 'score_value', 'is_small', 'drop_field', 'put_header', 'post_line', 'threads',
-           'named_boilerplate', 'suspicion', 'text_sizes', 'prune_by_name', 'spine', 'is_furniture', 'is_heading',
-           'drop_with_heading', 'drop_furniture', 'prune_by_links', 'prune', 'dissolve_inline', 'inline_blocks',
-           'render', 'render_inside', 'render_heading', 'render_code', 'render_quote', 'render_list',
-           'render_definitions', 'is_scaffold', 'span_of', 'table_cells', 'render_table', 'extract_html']
+           'named_boilerplate', 'suspicion', 'text_sizes', 'prune_by_name', 'is_scaffold', 'spine', 'is_furniture',
+           'is_heading', 'drop_with_heading', 'drop_furniture', 'prune_by_links', 'prune', 'dissolve_inline',
+           'inline_blocks', 'render', 'render_inside', 'render_heading', 'render_code', 'render_quote', 'render_list',
+           'render_definitions', 'span_of', 'table_cells', 'render_table', 'extract_html']
 
 # %% ../../nbs/20_data.extract.ipynb #1f2dff86
 import re
@@ -482,6 +482,16 @@ def prune_by_name(
         for above in el.iterancestors(): sizes[above] = [a - b for a, b in zip(sizes[above], (chars, linked, links))]
 
 # %% ../../nbs/20_data.extract.ipynb #fa51272e
+def is_scaffold(
+    table  # the element
+)->bool:
+    "Whether a table only serves the layout."
+    if table.get("role") in ("presentation", "none"): return True
+    if any(el is not table for el in table.iter("table", "h1", "h2", "h3")) or any("\n" in (el.text or "") for el in table.iter("pre")): return True
+    filled = (sum(bool("".join(cell.itertext()).strip()) for cell in tr.iterchildren("td", "th")) for tr in table.iter("tr"))
+    return max(filled, default=0) < 2
+
+# %% ../../nbs/20_data.extract.ipynb #d4b7e96f
 _CONTAINERS = frozenset("div main article section body html td tr tbody table form center".split())
 _HEADINGS = frozenset(("h1", "h2", "h3", "h4", "h5", "h6"))
 
@@ -490,9 +500,10 @@ def spine(
     sizes:dict  # from `text_sizes`
 )->list:        # elements from the root down, each holding 4/5 of the prose
     "The chain of elements that the page's content hangs on: pruning by tree depth (phi-4 §2.3)."
-    prose = lambda el: sizes[el][0] - sizes[el][1] if el.tag in _CONTAINERS else -1
-    chain = [root]
-    while (kid := max(chain[-1], key=prose, default=None)) is not None and prose(kid) > 0.8 * prose(root): chain.append(kid)
+    prose, chain = lambda el: sizes[el][0] - sizes[el][1] if el.tag in _CONTAINERS else -1, [root]
+    while (kid := max(chain[-1], key=prose, default=None)) is not None and prose(kid) > 0.8 * prose(root):
+        if kid.tag == "table" and not is_scaffold(kid): break
+        chain.append(kid)
     return chain
 
 # %% ../../nbs/20_data.extract.ipynb #a85519fa
@@ -668,15 +679,6 @@ def render_definitions(
 _RENDER["dl"] = render_definitions
 
 # %% ../../nbs/20_data.extract.ipynb #4a3bd02a
-def is_scaffold(
-    table  # the element
-)->bool:
-    "Whether a table only serves the layout."
-    if table.get("role") in ("presentation", "none"): return True
-    if any(el is not table for el in table.iter("table", "h1", "h2", "h3")) or any("\n" in (el.text or "") for el in table.iter("pre")): return True
-    filled = (sum(bool("".join(cell.itertext()).strip()) for cell in tr.iterchildren("td", "th")) for tr in table.iter("tr"))
-    return max(filled, default=0) < 2
-
 def span_of(
     cell,      # td or th
     name:str   # "colspan" or "rowspan"
