@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from phi4_ref.synth import sandbox
-from phi4_ref.synth.sandbox import isolation, passes, passes_many, run_many, run_python
+from phi4_ref.synth.sandbox import isolation, passes, passes_many, run_many
+
+run_python = partial(sandbox.run_python, timeout_s=60)  # patience for a loaded machine; the clock has a test of its own
 
 if sys.platform != "linux": pytest.skip("the sandbox's layers are Linux's", allow_module_level=True)
 
@@ -33,16 +36,21 @@ def test_everything_is_held_here(): assert isolation() == dict.fromkeys(sandbox.
 def test_the_clock_stops_it(program):
     start = time.monotonic()
     result = run_python(program, timeout_s=.5, stdin="x\n")
-    assert result.timed_out and not result.ok and time.monotonic() - start < 5
+    assert result.timed_out and not result.ok and time.monotonic() - start < 40
 
 
 def test_it_dies_with_its_parent():
     job = subprocess.Popen([sys.executable, "-c", "from phi4_ref.synth.sandbox import *\nisolation(); print('go', flush=True)\n"
                             "run_python('import time; time.sleep(50)', timeout_s=50)"], stdout=subprocess.PIPE)
-    job.stdout.readline(); time.sleep(1)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    job.kill(); job.wait(); time.sleep(.3)
-    assert len(children) == 1 and (not Path(f"/proc/{children[0]}").exists() or "zombie" in Path(f"/proc/{children[0]}/status").read_text())
+    job.stdout.readline()
+    def children(): return Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    def status(pid): return Path(f"/proc/{pid}/status").read_text() if Path(f"/proc/{pid}").exists() else "gone"
+    while not (children() and "Seccomp:\t2" in status(children()[0])): time.sleep(.05)
+    child = children()[0]
+    job.kill(); job.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not ("gone" in status(child) or "zombie" in status(child)): time.sleep(.05)
+    assert time.monotonic() < deadline, "the child outlives its parent"
 
 
 @pytest.mark.parametrize("program, error", [
