@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'Stage', 'make_world', 'make_teacher', 'collect', 'curate_texts',
            'curate', 'synthesise', 'train_settings', 'training_documents', 'open_checkpoint', 'pretrain', 'midtrain',
-           'ModelLLM', 'best_answers', 'refusals', 'sft', 'pts', 'pair_tokens', 'preference_stage', 'pivotal_pairs',
+           'BaseModelLLM', 'best_answers', 'refusals', 'sft', 'pts', 'pair_tokens', 'preference_stage', 'pivotal_pairs',
            'dpo', 'dpo_shuffled', 'dpo_full', 'judge', 'judged', 'stage2_only', 'final', 'asked_of',
            'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'needs_again', 'run_stage', 'run']
 
@@ -174,22 +174,19 @@ def midtrain(c, inputs, out):
     return counts
 
 # %% ../nbs/70_run.ipynb #33f4722b
-class ModelLLM:
-    "One of our checkpoints as an `LLM`."
-    def __init__(self, model, tokenizer, name:str, chat:bool=True):
-        self.model, self.tokenizer, self.name, self.is_chat = model, tokenizer, name, chat
+class BaseModelLLM:
+    "A base model as an `LLM`: the last message is asked as `Question: ... Answer:`."
+    def __init__(self, model, tokenizer, name:str="base"): self.model, self.tokenizer, self.name = model, tokenizer, name
 
     def chat(self, conversations, *, temperature=1.0, top_p=1.0, max_tokens=512, seed=0)->list[str]:
         "A reply to each conversation; equal conversations get different samples."
         from phi4_ref.eval.harness import prompt_ids, reply_text, stop_ids
         from phi4_ref.model.generate import generate
-        from phi4_ref.model.tokenizer import chat_ids
         from phi4_ref.synth.llm import derive_seed, occurrences
-        if self.is_chat: prompts = [chat_ids(self.tokenizer, messages) for messages in conversations]
-        else: prompts = [prompt_ids({"question": messages[-1]["content"], "kind": "fact", "meta": {}}, self.tokenizer, False) for messages in conversations]
-        seeds = [derive_seed(seed, *(m["content"] for m in messages), k) for messages, k in zip(conversations, occurrences(conversations))]
+        prompts = [prompt_ids({"question": messages[-1]["content"], "kind": "fact", "meta": {}}, self.tokenizer, False) for messages in conversations]
+        seeds = [derive_seed(seed, ids, k) for ids, k in zip(prompts, occurrences(prompts))]
         done = generate(self.model, prompts, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds, stop_ids=stop_ids(self.tokenizer))
-        return [reply_text(completion.ids, self.tokenizer, self.is_chat) for completion in done]
+        return [reply_text(completion.ids, self.tokenizer, False) for completion in done]
 
 # %% ../nbs/70_run.ipynb #520affec
 def best_answers(
@@ -218,7 +215,7 @@ def refusals(c, inputs, out, llm):
     model, tokenizer = open_checkpoint(inputs["midtrain"])
     trivia = load(inputs["collect"]/"trivia.parquet", QUESTION)[:c.sft.refusal_questions]
     if not trivia: return [], {}
-    known = sample_knowledge(trivia, ModelLLM(model, tokenizer, "base", chat=False), c.sft.refusal_samples, seed=c.seed)
+    known = sample_knowledge(trivia, BaseModelLLM(model, tokenizer), c.sft.refusal_samples, seed=c.seed)
     texts, counts = write_texts(trivia, llm, c.seed)
     save(out/"refusal_pairs.parquet", refusal_dpo(known, texts, tokenizer), PREFERENCE)
     return refusal_sft(known, texts), counts | {"usually right": sum(r["p_right"] > 0.5 for r in known)}
@@ -282,7 +279,7 @@ def pivotal_pairs(c, inputs, shuffled=False):
     "The pairs of stage 1: pivotal, with 1-5% of refusal data (phi-4 §4.2-4.3)."
     from phi4_ref.post.dpo import mix, shuffle_labels
     pairs = load(inputs["pts"]/"pairs.parquet", PREFERENCE)
-    if shuffled: return shuffle_labels(pairs, c.seed)
+    if shuffled: pairs = shuffle_labels(pairs, c.seed)
     refused = inputs["sft"]/"refusal_pairs.parquet"
     return mix(pairs, load(refused, PREFERENCE) if refused.exists() else [], c.dpo.refusal_fraction, c.seed)
 
@@ -307,13 +304,13 @@ def dpo_full(c, inputs, out):
 # %% ../nbs/70_run.ipynb #d29f7afe
 def judge(c, inputs, out):
     "Judge-guided pairs of full-length replies (phi-4 §4.2, App. A.2)."
-    from phi4_ref.post.judge import collect_replies, judge_pairs
+    from phi4_ref.post.judge import ModelChat, collect_replies, judge_pairs
     teacher = make_teacher(c, out/"replies.sqlite")
     model, tokenizer = open_checkpoint(inputs["dpo"])
     asked = {}
     for row in load(inputs["sft"]/"conversations.parquet", CONVERSATION): asked.setdefault(row["messages"][0]["content"], row["messages"][:1])
     prompts = list(asked.values())[:c.judge.prompts]
-    replies = collect_replies(prompts, [(teacher, 1), (ModelLLM(model, tokenizer, "dpo"), c.judge.samples)], temperature=c.judge.temperature,
+    replies = collect_replies(prompts, [(teacher, 1), (ModelChat(model, tokenizer, "dpo"), c.judge.samples)], temperature=c.judge.temperature,
                               max_tokens=c.judge.max_new_tokens, seed=c.seed)
     pairs, counts = judge_pairs(prompts, replies, teacher, tokenizer, c.seed)
     save(out/"pairs.parquet", pairs, PREFERENCE)

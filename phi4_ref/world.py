@@ -51,7 +51,7 @@ def long_book(
     reach_tokens:int    # how far back a question may ask
 )->str:
     "A long context with questions for early units, between the units and at the end."
-    context = split_context(kind, rng, min(tokens, reach_tokens) if kind == "account" else tokens)
+    context = split_context(kind, rng, min(tokens, round(1.2 * reach_tokens)) if kind == "account" else tokens)
     if kind == "account": return context.text + "\n\n" + qa(*context.asks[0][::2])
     reach = max(3, round(reach_tokens / about_tokens(context.text) * len(context.units)))
     def early(n):
@@ -74,7 +74,7 @@ def make_books(
     order, rows = [kind for other in ("json", "rag", "ledger") for kind in ("account", other)], []
     for i in range(n):
         rng, kind, is_long = stream(seed, "book", i), order[(i % 5 + i // 5) % 6], i % 5 == 0
-        size = rng.randint(5, 15) * base_tokens if rng.random() < 0.1 else round(rng.uniform(2, 4.2) * base_tokens)
+        size = rng.randint(5, 15) * base_tokens if rng.random() < 0.1 else round(rng.uniform(2, 5) * base_tokens)
         text = long_book(kind, rng, size, 4 * base_tokens) if is_long else short_book(kind, rng, rng.randint(base_tokens // 2, base_tokens))
         rows.append({"id": f"book-{i:05}", "text": text, "source": "acquired", "lang": "en", "meta": {"title": f"{TITLES[kind]} {i}", "kind": kind, "long": is_long}})
     return rows

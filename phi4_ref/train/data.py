@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokenStore', 'make_store', 'encode_documents', 'tokenize_documents', 'save_stores', 'load_stores', 'StreamRows',
            'best_fit', 'WholeRows', 'epoch_order', 'apportion', 'interleave', 'collate', 'MixtureBatches',
-           'check_fractions', 'place', 'row', 'epochs', 'long_store', 'recall_mixture', 'grouped_order', 'SFTBatches']
+           'check_fractions', 'place', 'row', 'epochs', 'long_store', 'recall_mixture', 'SFTBatches']
 
 # %% ../../nbs/40_train.data.ipynb #944d977e
 import bisect
@@ -285,21 +285,7 @@ def recall_mixture(
     "30% long data, 70% recall of the pretraining mixture (phi-4 §3.3)."
     return dict(long=long_share) | {s: f * (1 - long_share) for s, f in fractions.items()}
 
-# %% ../../nbs/40_train.data.ipynb #9811356f
-def grouped_order(
-    lengths:np.ndarray,  # tokens of each example
-    batch_size:int,      # examples in a batch
-    epoch:int,           # 0, 1, ...
-    seed:int,            # of the run
-)->np.ndarray:           # a permutation of the examples in which neighbours are of like length
-    "An epoch's order with little padding: sort within stretches of 16 batches, then shuffle the batches."
-    order, stretch = epoch_order(len(lengths), 'examples', epoch, seed), 16 * batch_size
-    sorted_ = [i for at in range(0, len(order), stretch) for i in sorted(order[at:at + stretch], key=lambda i: lengths[i])]
-    groups = [sorted_[at:at + batch_size] for at in range(0, len(sorted_), batch_size)]
-    shuffled = [groups[g] for g in epoch_order(len(groups), 'groups', epoch, seed)]
-    return np.array([i for group in shuffled for i in group])
-
-# %% ../../nbs/40_train.data.ipynb #e320c577
+# %% ../../nbs/40_train.data.ipynb #cec979d0
 class SFTBatches:
     "Batches of (ids, mask) examples for whole epochs; loss where the mask is 1 (phi-4 §4.1)."
 
@@ -313,7 +299,6 @@ class SFTBatches:
         self.examples = [(ids, mask) for ids, mask in examples if len(ids) <= context]
         self.dropped = len(examples) - len(self.examples)
         if not self.examples: raise ValueError(f'none of the {len(examples)} examples fits into {context} tokens')
-        self.lengths = np.array([len(ids) for ids, _ in self.examples])
         self.batch_size, self.seed, self._order = batch_size, seed, (None, None)
         self.steps = max(1, round(epochs * len(self.examples) / batch_size))
 
@@ -322,7 +307,7 @@ class SFTBatches:
     def example(self, k):
         "The k-th example of the schedule: entry k % n of epoch k // n."
         epoch, at = divmod(k, len(self.examples))
-        if self._order[0] != epoch: self._order = epoch, grouped_order(self.lengths, self.batch_size, epoch, self.seed)
+        if self._order[0] != epoch: self._order = epoch, epoch_order(len(self.examples), 'examples', epoch, self.seed)
         return self.examples[self._order[1][at]]
 
     def batch(self, step):
