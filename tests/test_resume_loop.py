@@ -14,7 +14,7 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('runs')
 
 def drive(folder, *args, hash_seed='0'):
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONHASHSEED=hash_seed)
-    p = subprocess.run([sys.executable, str(DRIVER), args[0], str(folder), *map(str, args[1:])], capture_output=True, text=True, env=env, timeout=300)
+    p = subprocess.run([sys.executable, str(DRIVER), args[0], str(folder), *map(str, args[1:])], capture_output=True, text=True, env=env)
     assert p.returncode == 0, p.stdout[-2000:] + p.stderr[-4000:]
     return p.stdout + p.stderr
 
