@@ -88,7 +88,7 @@ def ngram_surprisal(
 def outliers(
     texts:list[str],                 # documents
     reference:list[str]|None=None,   # a clean collection to compare with; the texts themselves if None
-    threshold:float=10.0             # robust standard deviations
+    threshold:float=12.0             # robust standard deviations
 )->list[tuple[bool, str]]:           # (is an outlier, why) in the same order
     "Corrupted text and binaries, by n-gram statistics and compression ratio (phi-4 §2.3)."
     if not texts: return []
