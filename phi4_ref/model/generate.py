@@ -134,7 +134,7 @@ class Decoder:
         "Run the drawn tokens of the live rows."
         at_R = np.zeros_like(self.position_R)
         at_R[live] = self.position_R[live]
-        if at_R.max() >= cache_length(self.cache): grow_cache(self.cache, int(at_R.max()) * 5 // 4 + 1)
+        if at_R.max() >= cache_length(self.cache): grow_cache(self.cache, int(at_R.max()) * 3 // 2 + 1)
         self.x_RD = self.model.hidden(ids_R[:, None], torch.from_numpy(at_R).to(self.device)[:, None], self.cache)[:, 0].to(self.dtype)
         self.position_R = at_R + 1
 
