@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULT_FILES', 'LIBRARIES', 'digest', 'differences', 'fingerprint', 'versions', 'StageRefused', 'refuse_if_different',
-           'is_disk_full', 'finished', 'publish', 'build', 'only_one']
+           'is_disk_full', 'finished', 'publish', 'discard', 'begin', 'build', 'only_one']
 
 # %% ../nbs/03_artifact.ipynb #5b007bfa
 import errno
@@ -85,9 +85,9 @@ def refuse_if_different(
 def is_disk_full(
     error:BaseException,  # whatever a stage raised
 )->bool:
-    "Whether an error means that no space is left, whichever library reports it."
-    text = str(error)
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text
+    "Whether an error means that no more can be written (space, quota, file size), whichever library reports it."
+    codes, text = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), str(error)
+    return getattr(error, "errno", None) in codes or "disk is full" in text or any(os.strerror(code) in text for code in codes)
 
 # %% ../nbs/03_artifact.ipynb #049ae168
 def finished(
@@ -97,20 +97,43 @@ def finished(
     return load_json(folder/"manifest.json") if (folder/"manifest.json").exists() else None
 
 def publish(
-    partial:Path,  # a working directory that holds its manifest
-    folder:Path,   # its final name
-)->dict:           # the manifest
-    "Give a finished working directory its final name; safe to repeat after a kill between any two lines."
-    (partial/"started.json").unlink(missing_ok=True)
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        if old.exists(): shutil.rmtree(old)
-        os.rename(folder, old)
-    os.rename(partial, folder)
-    if old.exists(): shutil.rmtree(old)
+    folder:Path,  # an artifact directory; a working directory beside it that holds a manifest takes its name
+)->dict|None:     # the manifest of what lies there now
+    "Give finished work its final name; safe to repeat after a kill between any two lines."
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    if (partial/"manifest.json").exists():
+        (partial/"started.json").unlink(missing_ok=True)
+        if folder.exists():
+            if old.exists(): shutil.rmtree(old)
+            os.rename(folder, old)
+        os.rename(partial, folder)
+    if folder.exists() and old.exists(): shutil.rmtree(old)
     return finished(folder)
 
+def discard(
+    partial:Path,  # a working directory
+)->None:
+    "Delete begun work, first the note that would let it be continued."
+    (partial/"started.json").unlink(missing_ok=True)
+    if partial.exists(): shutil.rmtree(partial)
+
 # %% ../nbs/03_artifact.ipynb #297d0cbc
+def begin(
+    partial:Path,  # the working directory
+    asked:dict,    # {"config", "inputs"}
+    force:bool,    # throw away work that was begun otherwise
+)->float:          # seconds worked on it before
+    "Make or take up a stage's working directory. StageRefused if it was begun with other settings."
+    note = partial/"started.json"
+    begun = load_json(note) if note.exists() else None
+    if begun is None or force and any(differences(begun[key], asked[key]) for key in asked):
+        discard(partial)
+        begun = {**asked, "seconds": 0}
+    refuse_if_different(begun, asked, partial)
+    save_json(note, begun)
+    return begun["seconds"]
+
+# %% ../nbs/03_artifact.ipynb #849e6f36
 def build(
     folder:str|Path,       # the artifact's final directory
     make,                  # make(partial_directory) -> counts
@@ -120,31 +143,25 @@ def build(
     force:bool=False,      # redo although it is finished, or was begun otherwise
 )->dict:                   # the manifest
     "Run a stage once: skip it if done, continue it if begun, refuse it if different."
-    folder, start = Path(folder), time.time()
-    partial = folder.with_name(folder.name + ".partial")
-    if (partial/"manifest.json").exists(): publish(partial, folder)  # killed between the last two renames
+    folder, start, earlier = Path(folder), time.time(), 0
+    done, partial = publish(folder), folder.with_name(folder.name + ".partial")
     for name, path in inputs.items():
         if finished(Path(path)) is None: raise FileNotFoundError(f"stage {folder.name} needs {path}, which is not finished: run the stage {name} first")
     asked = {"config": json.loads(json.dumps(config)), "inputs": {n: finished(Path(p))["fingerprint"] for n, p in inputs.items()}}
-    if (done := finished(folder)) and not force:
+    if done and not force:
         refuse_if_different(done, asked, folder)
         return done
-    if (partial/"started.json").exists():
-        if force and differences(load_json(partial/"started.json"), asked): shutil.rmtree(partial)
-        else: refuse_if_different(load_json(partial/"started.json"), asked, partial)
-    elif partial.exists(): shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    earlier = load_json(partial/"started.json").get("seconds", 0) if (partial/"started.json").exists() else 0
-    save_json(partial/"started.json", {**asked, "seconds": earlier})
-    try: counts = make(partial)
+    try:
+        earlier = begin(partial, asked, force)
+        counts = make(partial)
+        manifest = {"stage": folder.name, **asked, "config_hash": digest(asked["config"]), "fingerprint": fingerprint(partial), "counts": counts or {},
+                    "seed": seed, "seconds": round(earlier + time.time() - start, 2), "versions": versions()}
+        save_json(partial/"manifest.json", manifest)
     except BaseException as error:
-        if is_disk_full(error): raise OSError(errno.ENOSPC, f"the disk is full: stage {folder.name} stopped while writing {partial}. What it had finished is kept; free some space and run the same command") from error
-        save_json(partial/"started.json", {**asked, "seconds": earlier + time.time() - start})
+        if is_disk_full(error): raise OSError(f"the disk is full: stage {folder.name} stopped while writing {partial} ({error}). What is finished is kept; free some space and run the same command") from error
+        if (partial/"started.json").exists() and not isinstance(error, StageRefused): save_json(partial/"started.json", {**asked, "seconds": earlier + time.time() - start})
         raise
-    manifest = {"stage": folder.name, **asked, "config_hash": digest(asked["config"]), "fingerprint": fingerprint(partial), "counts": counts or {},
-                "seed": seed, "seconds": round(earlier + time.time() - start, 2), "versions": versions()}
-    save_json(partial/"manifest.json", manifest)
-    return publish(partial, folder)
+    return publish(folder)
 
 # %% ../nbs/03_artifact.ipynb #fe07fea7
 @contextmanager
