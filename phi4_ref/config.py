@@ -10,7 +10,7 @@ __all__ = ['Fraction', 'Positive', 'Count', 'CONFIGS', 'Section', 'WorldSource',
 # %% ../nbs/01_config.ipynb #a48d7f90
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -22,7 +22,13 @@ Count = Annotated[int, Field(ge=0)]
 
 class Section(BaseModel):
     "A part of the configuration: unknown keys refused, values fixed."
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    def _no_truth_values(cls, values):
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool): raise ValueError(f"{key} should be a value, not {str(value).lower()}")
+        return values
 
 # %% ../nbs/01_config.ipynb #8ec4c567
 class WorldSource(Section):
@@ -90,9 +96,9 @@ class Model(Section):
 # %% ../nbs/01_config.ipynb #917b469e
 class Curate(Section):
     "Organic curation (phi-4 §2.3, App. B.1)."
-    languages: list[str]         # kept, ISO 639-1
+    languages: Annotated[list[str], Field(min_length=1)]  # kept, ISO 639-1
     annotations: PositiveInt     # pages rated by the teacher to train the quality classifier
-    min_quality: Positive        # predicted rating a page must reach, 0-5
+    min_quality: Annotated[float, Field(ge=0, le=5)]  # predicted rating a page must reach
     near_duplicate: Fraction     # Jaccard similarity from which two pages are one
     info: Fraction               # Algorithm 1: 7-gram ratio above which a page is `partial`
     contaminated: Fraction       # Algorithm 1: 7-gram ratio from which a page is dropped
@@ -225,6 +231,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits(self):
         if self.midtrain.context < self.pretrain.context: raise ValueError(f"midtrain.context {self.midtrain.context} is below pretrain.context {self.pretrain.context}")
+        if self.sft.context > self.midtrain.context: raise ValueError(f"sft.context {self.sft.context} exceeds midtrain.context {self.midtrain.context}")
         if self.pts.max_total > self.midtrain.context: raise ValueError(f"pts.max_total {self.pts.max_total} exceeds midtrain.context {self.midtrain.context}")
         if self.teacher.kind == "world" and self.collect.kind != "world": raise ValueError("teacher.kind 'world' knows only the toy world: choose 'openai' or 'transformers' for other data")
         return self
@@ -240,8 +247,10 @@ def known_keys(
     return sorted({name for k in kinds for name in k.model_fields})
 
 def _section_types(kind, name):
-    "Section classes a field can hold; the tag of a tagged union selects among them."
-    if isinstance(name, str) and name not in kind.model_fields: return [kind] if name in ("world", "files") else []
+    "Section classes a field can hold; the tag of a tagged union selects among them, a key of a dict does not."
+    if name not in kind.model_fields:
+        tags = get_args(kind.model_fields["kind"].annotation) if "kind" in kind.model_fields else (name,)
+        return [kind] if name in tags else []
     todo, found = [kind.model_fields[name].annotation], []
     while todo:
         annotation = todo.pop()
@@ -291,7 +300,8 @@ def override(
         for section in sections:
             at = at.setdefault(section, {})
             if not isinstance(at, dict): raise ValueError(f"cannot apply {change!r}: {section} is a value, not a section")
-        at[key] = parse_value(text)
+        try: at[key] = parse_value(text)
+        except yaml.YAMLError as error: raise ValueError(f"cannot read the value of {change!r}: {error.problem}") from error
     return values
 
 # %% ../nbs/01_config.ipynb #91afee6c
@@ -314,7 +324,7 @@ def load_config(
     if not path.exists():
         raise ValueError(f"no configuration {name!r}: choose one of {', '.join(sorted(p.stem for p in CONFIGS.glob('*.yaml')))}, or give the path of a .yaml file")
     try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error: raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict): raise ValueError(f"{path} holds {type(values).__name__}, not sections with keys")
     try: return Config(**override(numbers(values), list(changes)))
     except ValidationError as error: raise ValueError(explain(error, path.name)) from error
