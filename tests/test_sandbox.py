@@ -135,7 +135,7 @@ def test_no_connection_leaves():
 
 
 def test_nothing_stays_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sandbox, "SCRATCH", str(tmp_path))
     run_python("import os\nos.makedirs('a/' * 50)\nos.chmod('a', 0)\nopen('b', 'w').write('x')")
     run_python("while True: pass", timeout_s=.2)
     assert list(tmp_path.iterdir()) == []
