@@ -224,7 +224,7 @@ def test_summary_counts_questions_not_samples(tokenizer):
     rows = [dict(base, id=i, sample=s, score=float(i % 2)) for i in range(40) for s in range(10)]
     one = summarise(rows)[0]
     assert one['n'] == 40 and one['mean'] == .5 and one['high'] - one['low'] > .28
-    assert sample_seed(0, 'a', 'b', 1) != sample_seed(0, 'a', 'b', 2)
+    assert len({sample_seed(*key) for key in ((0, 'a', 'b', 1), (1, 'a', 'b', 1), (0, 'c', 'b', 1), (0, 'a', 'c', 1), (0, 'a', 'b', 2))}) == 5
 
 
 def test_sampling_without_temperature_is_refused(tokenizer):
@@ -259,6 +259,7 @@ def test_length_changes_pair_the_questions():
     row = lambda m, i, l, s: dict(model=m, benchmark='rag', id=f'{i}/{l}', score=float(s), meta={'length': l})
     items = [row('base', i, l, i % 2 and l == 1) for l in (1, 4) for i in range(40)] + [row('mid', i, l, i % 2) for l in (4, 1) for i in reversed(range(40))]
     found = {r['length']: r['interval'] for r in length_changes(items, 'base', 'mid')}
-    assert found[1].mean == 0 and found[1].sign == 0 and found[4].mean == .5 and found[4].sign == 1
+    assert found[1].mean == 0 and found[1].high < .06  # forty ties: matched by question, whatever the order of the rows
+    assert found[4].mean == .5 and found[4].sign == 1
     assert {(r['model'], r['length']): r['interval'].mean for r in length_table(items)} == {('base', 1): .5, ('base', 4): 0, ('mid', 4): .5, ('mid', 1): .5}
     assert long_questions({'a': []}) == {}
