@@ -25,6 +25,7 @@ def splitmix64(z:np.ndarray)->np.ndarray:
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
+# %% ../../nbs/12_model.generate.ipynb #7a118f71
 def uniform(
     seeds,      # integers, 0 to 2**64 - 1, any shape
     positions,  # positions in the sequence, broadcast against `seeds`
@@ -90,6 +91,7 @@ def right_padded(rows:list, device)->tuple[Tensor, Tensor]:
     ids_BT = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=device)
     return ids_BT, torch.arange(T, device=device).expand(len(rows), T)
 
+# %% ../../nbs/12_model.generate.ipynb #f75abf1d
 def in_batches(rows:list, max_tokens:int=16_384)->list[list[int]]:
     "Indices of `rows`, shortest first, in batches of at most `max_tokens` after padding (or of one row)."
     out = []
@@ -171,6 +173,7 @@ class Completion:
     logprobs:list[float]  # of each under the sampling policy, nats; 0 when greedy
     finished:bool         # ended by a stop id; False: by length
 
+# %% ../../nbs/12_model.generate.ipynb #b69427ea
 def total_lengths(
     model:Transformer,
     prompts:list,             # token ids of each
