@@ -39,8 +39,9 @@ def test_the_clock_stops_it(program):
     assert result.timed_out and not result.ok and time.monotonic() - start < 40
 
 
-def test_it_dies_with_its_parent():
-    job = subprocess.Popen([sys.executable, "-c", "from phi4_ref.synth.sandbox import *\nisolation(); print('go', flush=True)\n"
+def test_it_dies_with_its_parent(tmp_path):
+    job = subprocess.Popen([sys.executable, "-c", "from phi4_ref.synth import sandbox\nfrom phi4_ref.synth.sandbox import *\n"
+                            f"isolation(); print('go', flush=True); sandbox.SCRATCH = {str(tmp_path)!r}\n"
                             "run_python('import time; time.sleep(50)', timeout_s=50)"], stdout=subprocess.PIPE)
     job.stdout.readline()
     def children(): return Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
