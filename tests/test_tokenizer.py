@@ -2,7 +2,7 @@
 import os, subprocess, sys
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from transformers import AutoTokenizer
 
 from phi4_ref.model.tokenizer import NAMED, chat_example, chat_ids, special_tokens, text_ids, train_tokenizer
@@ -57,7 +57,7 @@ def test_digits_are_tokens(tokenizer):
     assert not [t for t in tokenizer.convert_ids_to_tokens(ids) if sum(c.isdigit() for c in t) > 1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text() | st.lists(st.sampled_from([*NAMED.values(), "<|dummy_0|>", "<|", "|>", " ", "a", "\n", "<|im_end"])).map("".join))
 def test_any_text_comes_back_and_holds_no_special_token(tokenizer, special, text):
     ids = text_ids(tokenizer, text)
