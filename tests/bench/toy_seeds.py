@@ -30,7 +30,7 @@ def make_run(folder:Path, seed:int, changes:list[str])->None:
     process = subprocess.Popen([Path(sys.executable).with_name('phi4'), 'run', 'toy', f'seed={seed}', f'out={folder}', *changes])
     _, status, used = os.wait4(process.pid, 0)  # its own usage, where RUSAGE_CHILDREN would give the largest child so far
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode: raise SystemExit(f'toy_seeds: the run of seed {seed} ended with status {process.returncode}; the same command goes on from there')
+    if process.returncode: raise SystemExit(f'toy_seeds: the run of seed {seed} ended with status {process.returncode}, see above; what is finished is kept')
     before = json.loads(path.read_text())['peak_bytes'] if path.exists() else 0
     if not done: path.write_text(json.dumps({'peak_bytes': max(before, used.ru_maxrss * MAXRSS)}))
 
