@@ -32,6 +32,7 @@ def find_config(
 ):
     "The configuration a command is about. ValueError if there is none."
     folder = Path(target)
+    if not folder.exists() and len(folder.parts) > 1 and not target.endswith((".yaml", ".yml")): raise ValueError(f"no run directory {target}: start one with `phi4 run toy out={target}`")
     if not folder.is_dir(): return load_config(target, changes)
     if not (folder/"config.yaml").exists(): raise ValueError(f"{folder} is not a run directory: it holds no config.yaml; start one with `phi4 run toy out={folder}`")
     return load_config(folder/"config.yaml", [f"out={folder}", *changes])
@@ -45,7 +46,7 @@ def report_mistakes(
     except KeyboardInterrupt:
         print("\ninterrupted: what is finished is kept, the same command goes on from here", file=sys.stderr)
         raise SystemExit(130)
-    except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"phi4: {error}", file=sys.stderr)
         raise SystemExit(2)
 

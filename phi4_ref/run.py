@@ -7,7 +7,8 @@ __all__ = ['CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'Stage', 'make_world', '
            'curate', 'synthesise', 'train_settings', 'training_documents', 'open_checkpoint', 'pretrain', 'midtrain',
            'BaseModelLLM', 'best_answers', 'refusals', 'sft', 'pts', 'pair_tokens', 'preference_stage', 'pivotal_pairs',
            'dpo', 'dpo_shuffled', 'dpo_full', 'judge', 'judged', 'stage2_only', 'final', 'asked_of',
-           'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'needs_again', 'run_stage', 'run']
+           'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'needs_again', 'run_stage',
+           'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
 import time
@@ -139,11 +140,13 @@ def training_documents(inputs):
 def open_checkpoint(
     folder:Path,  # Hugging Face layout
 ):                # (model, tokenizer)
-    "A trained model with its tokenizer."
+    "A trained model with its tokenizer. ValueError names what cannot be read."
     from transformers import AutoTokenizer
 
     from phi4_ref.model.transformer import from_pretrained
-    return from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = from_pretrained(folder)
+    try: return model, AutoTokenizer.from_pretrained(folder)
+    except Exception as error: raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): make its stage again") from error
 
 # %% ../nbs/70_run.ipynb #d7e31166
 def pretrain(c, inputs, out):
@@ -402,10 +405,9 @@ def chosen(
 # %% ../nbs/70_run.ipynb #cc14938b
 def check_all(
     config:Config,
-    stages:list[Stage],
 )->None:
     "StageRefused, before any work, if a stage of the run was made with other settings."
-    for stage in stages:
+    for stage in STAGES:
         folder = Path(config.out)/stage.name
         for path in (folder/"manifest.json", folder.with_name(folder.name + ".partial")/"started.json"):
             if path.exists():
@@ -439,6 +441,16 @@ def run_stage(
     return manifest
 
 # %% ../nbs/70_run.ipynb #1aad42ee
+def keep_config(
+    config:Config,
+    path:Path,  # config.yaml of the run directory
+)->None:
+    "Write a configuration, whole or not at all."
+    part = path.with_name(path.name + ".part")
+    part.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    part.replace(path)
+
+# %% ../nbs/70_run.ipynb #120080b8
 def run(
     config:Config,
     verb:str="run",    # "run" for every stage, or one stage's verb
@@ -447,8 +459,9 @@ def run(
     "Run stages in order; finished ones are skipped, interrupted ones go on."
     folder, stages = Path(config.out), chosen(config, verb)
     with artifact.only_one(folder):
-        if not force: check_all(config, stages)
-        (folder/"config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        if not force: check_all(config)
+        keep_config(config, folder/"config.yaml")
+        print(f"{config.name}: {len(stages)} stage{'s' * (len(stages) > 1)} in {folder}", flush=True)
         for number, stage in enumerate(stages, 1):
             run_stage(config, stage, f"[{number}/{len(stages)}]", force and verb != "run", force)
     return folder
