@@ -67,12 +67,13 @@ def load(
     "Read records. FileNotFoundError or ValueError names the file and what is wrong with it."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no file {path}: has the stage that writes it run?")
-    try: rows = pq.read_table(path).to_pylist()
+    try: table = pq.read_table(path)
     except Exception as error: raise ValueError(f"{path} is not a readable Parquet file ({error}); delete it and run its stage again") from error
-    missing = set(features or ()) - set(rows[0] if rows else features or ())
-    if missing: raise ValueError(f"{path} lacks the columns {sorted(missing)}; expected {list(features)}")
-    for row in rows:
-        if isinstance(row.get("meta"), str): row["meta"] = json.loads(row["meta"] or "{}")
+    if missing := set(features or ()) - set(table.column_names): raise ValueError(f"{path} lacks the columns {sorted(missing)}; expected {list(features)}")
+    rows = table.to_pylist()
+    for number, row in enumerate(rows):
+        try: row |= {"meta": json.loads(row["meta"] or "{}")} if isinstance(row.get("meta"), str) else {}
+        except json.JSONDecodeError as error: raise ValueError(f"{path}[{number}]: meta is not valid JSON ({error})") from error
     return rows
 
 # %% ../nbs/02_records.ipynb #2f850c55
@@ -96,4 +97,4 @@ def load_json(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no file {path}: has the stage that writes it run?")
     try: return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error: raise ValueError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from error
+    except ValueError as error: raise ValueError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from error
