@@ -28,6 +28,7 @@ def finish_stage(
     "Leave a stage's directory holding a Hugging Face checkpoint and the log."
     state, out_dir = PartialState(), Path(out_dir)
     if state.is_main_process:
+        for left in [*out_dir.glob('.unfinished.*'), out_dir/'unfinished']: shutil.rmtree(left, ignore_errors=True)  # of a process that was killed here
         save_pretrained(model, out_dir/'unfinished', tokenizer)
         for file in sorted((out_dir/'unfinished').iterdir()): os.replace(file, out_dir/file.name)
         (out_dir/'unfinished').rmdir()

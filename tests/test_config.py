@@ -1,0 +1,218 @@
+"The configuration: what is refused and how it says so, that every field is read, that the paper's settings are the paper's."
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from phi4_ref import paper, run
+from phi4_ref.config import CONFIGS, Config, Files, FilesSource, Section, WorldSource, load_config, override, parse_value
+from phi4_ref.model.transformer import ModelConfig, Transformer
+from phi4_ref.records import DOCUMENT, load
+from phi4_ref.world import World
+from record_reads import recording
+
+NAMES = ("toy", "small", "phi4-14b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_files_load_and_survive_being_written(name, tmp_path):
+    config = load_config(name)
+    assert config.name == name and config.out == f"runs/{name}"
+    (tmp_path/"again.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(tmp_path/"again.yaml") == config
+    assert {p.stem for p in CONFIGS.glob("*.yaml")} == set(NAMES)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "pretrain.lrr=1": "toy.yaml: pretrain.lrr: unknown key; did you mean lr?",
+    "pretrian.lr=1": "toy.yaml: pretrian: unknown key; did you mean pretrain?",
+    "collect.pagess=3": "toy.yaml: collect.pagess: unknown key; did you mean pages?",
+    "teacher.warmth=1": "toy.yaml: teacher.warmth: unknown key; known keys: base_url, error_rate, kind, model",
+    "pretrain.fractions.wiki=0.1": "toy.yaml: pretrain.fractions.wiki",
+    "pretrain.lr=fast": "toy.yaml: pretrain.lr: Input should be a valid number, unable to parse string as a number (got 'fast')",
+    "pretrain.tokens=1.5": "toy.yaml: pretrain.tokens: Input should be a valid integer",
+    "out=5": "toy.yaml: out: Input should be a valid string (got 5)",
+    "out=": "toy.yaml: out: Input should be a valid string (got None)",
+    "curate.languages=en": "toy.yaml: curate.languages: Input should be a valid list (got 'en')",
+    "curate.languages=[]": "toy.yaml: curate.languages: List should have at least 1 item",
+    "dpo.controls=[none]": "toy.yaml: dpo.controls.0: Input should be 'shuffled' or 'full' (got 'none')",
+    "sft=null": "toy.yaml: sft: Input should be a valid dictionary",
+    "pretrain.batch_size=true": "toy.yaml: pretrain: batch_size should be a value, not true",
+    "seed=no": "toy.yaml: the whole: seed should be a value, not false",
+    "collect.pages=-4": "toy.yaml: collect.pages: Input should be greater than 0 (got -4)",
+    "collect.max_number=3": "toy.yaml: collect.max_number: Input should be greater than or equal to 4 (got 3)",
+    "collect.kind=moon": "toy.yaml: collect: Input tag 'moon'",
+    "seed=-1": "toy.yaml: seed: Input should be greater than or equal to 0 (got -1)",
+    "sft.warmup=1.5": "toy.yaml: sft.warmup: Input should be less than or equal to 1 (got 1.5)",
+    "pretrain.lr=0": "toy.yaml: pretrain.lr: Input should be greater than 0 (got 0)",
+    "pretrain.lr=nan": "toy.yaml: pretrain.lr: Input should be",
+    "pretrain.lr=inf": "toy.yaml: pretrain.lr: Input should be a finite number (got inf)",
+    "curate.min_quality=6": "toy.yaml: curate.min_quality: Input should be less than or equal to 5 (got 6)",
+    "synth.votes=2": "toy.yaml: synth.votes: Input should be greater than or equal to 3 (got 2)",
+    "dpo.refusal_fraction=1": "toy.yaml: dpo.refusal_fraction: Input should be less than 1 (got 1)",
+    "model.hidden_size=190": "toy.yaml: model: hidden_size 190 must be an even multiple of num_attention_heads 6",
+    "model.num_key_value_heads=4": "toy.yaml: model: num_attention_heads 6 must be a multiple of num_key_value_heads 4",
+    "pretrain.tokens=100": "toy.yaml: pretrain: tokens 100 is less than one step of batch_size 16 x context 256",
+    "pretrain.micro_batch_size=3": "toy.yaml: pretrain: batch_size 16 must be a multiple of micro_batch_size 3",
+    "pretrain.fractions.web=0.5": "toy.yaml: pretrain: fractions sum to 1.3500, not 1",
+    "midtrain.context=128": "midtrain.context 128 is below pretrain.context 256",
+    "sft.context=4096": "sft.context 4096 exceeds midtrain.context",
+    "pts.max_total=4096": "pts.max_total 4096 exceeds midtrain.context",
+    "pts.low=0.9": "toy.yaml: pts: low 0.9 must be below high 0.8",
+    "teacher.kind=openai": "toy.yaml: teacher: error_rate is a setting of kind 'world' only",
+    "pretrain.lr": "cannot read the override 'pretrain.lr': write section.key=value",
+    "=3": "cannot read the override '=3'",
+    "seed.x=3": "cannot apply 'seed.x=3': seed is a value, not a section",
+    "curate.languages=[en": "cannot read the value of 'curate.languages=[en'",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_refused_with_the_path(change):
+    with pytest.raises(ValueError) as refused: load_config("toy", [change])
+    assert REFUSED[change] in str(refused.value) and "pydantic" not in str(refused.value)
+
+
+def test_a_teacher_that_knows_only_the_world():
+    with pytest.raises(ValueError, match="teacher.kind 'world' knows only the toy world"): load_config("small", ["teacher.kind=world"])
+
+
+def test_keys_of_the_chosen_kind_are_suggested():
+    with pytest.raises(ValueError, match="collect.people: unknown key; known keys: benchmarks, conversations, documents"): load_config("small", ["collect.people=3"])
+    with pytest.raises(ValueError, match=r"collect.documents.web.pth: unknown key; did you mean path\?"): load_config("small", ["collect.documents.web.pth=a"])
+    with pytest.raises(ValueError, match=r"collect.benchmarks.gsm8k.splitt: unknown key; did you mean split\?"): load_config("small", ["collect.benchmarks.gsm8k.splitt=a"])
+
+
+@pytest.mark.parametrize("text, said", [("- a\n- b", "holds list, not sections"), ("", "holds NoneType"), ("a: [", "is not valid YAML"), ("\xe9", "is not valid YAML"), ("name: x", "model: is missing")])
+def test_files_that_are_no_configuration(tmp_path, text, said):
+    (tmp_path/"mine.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=said) as refused: load_config(tmp_path/"mine.yaml")
+    assert "mine.yaml" in str(refused.value)
+
+
+def test_files_that_are_missing():
+    with pytest.raises(ValueError, match="no configuration 'toi': choose one of phi4-14b, small, toy"): load_config("toi")
+    with pytest.raises(ValueError, match="no configuration 'no.yaml'"): load_config("no.yaml")
+
+
+def test_every_problem_is_listed_at_once():
+    with pytest.raises(ValueError) as refused: load_config("toy", ["pretrain.lrr=1", "seed=-1", "collect.pages=0"])
+    assert len(str(refused.value).splitlines()) == 3
+
+
+def test_values_read_as_numbers_first():
+    assert [parse_value(t) for t in ("3e-4", "-2", "1e6", "[en, de]", "null", "runs/a")] == [3e-4, -2, 1e6, ["en", "de"], None, "runs/a"]
+    assert override({}, ["a.b.c=1", "a.b.d=2"]) == {"a": {"b": {"c": 1, "d": 2}}}
+    assert load_config("toy", ["pretrain.tokens=1e6"]).pretrain.tokens == 1_000_000
+
+
+def test_a_configuration_does_not_change():
+    with pytest.raises(ValueError, match="frozen"): load_config("toy").pretrain.lr = 1
+
+
+# --- every field is read ----------------------------------------------------------------------------------------------------
+
+def sections(kind):
+    "A section class and all below it."
+    found, todo = {kind}, [f.annotation for f in kind.model_fields.values()]
+    while todo:
+        annotation = todo.pop()
+        if isinstance(annotation, type) and issubclass(annotation, Section): found |= sections(annotation)
+        else: todo += getattr(annotation, "__args__", ())
+    return found
+
+
+def leaves():
+    "`Section.field` of everything a person can set."
+    inner = {(kind, name) for kind in sections(Config) for name, field in kind.model_fields.items() if any(s.__name__ in str(field.annotation) for s in sections(Config))}
+    return {f"{kind.__name__}.{name}" for kind in sections(Config) for name in kind.model_fields if (kind, name) not in inner}
+
+
+class Watched(dict):
+    "A dict that notes which of its keys are asked for."
+    def __init__(self, values, reads, kind): super().__init__(values); self.reads, self.kind = reads, kind
+    def __getitem__(self, key): self.reads.add(f"{self.kind}.{key}"); return super().__getitem__(key)
+
+
+def files_source(folder):
+    "A source of kind files whose every field matters."
+    def write(name, *rows): (folder/f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows))); return {"path": str(folder/f"{name}.jsonl")}
+    question = {"q": "How many?", "a": "4"}, {"q": "And now?", "a": "5"}
+    return {"kind": "files", "pages": write("pages", {"html": "<p>One page about rivers.</p>"}) | {"text": "html"},
+            "documents": {"web": write("web", *({"text": f"A document, number {i}."} for i in range(5))) | {"limit": 3}},
+            "questions": write("questions", *question) | {"text": "q", "answer": "a"}, "trivia": write("trivia", *question) | {"text": "q", "answer": "a"},
+            "conversations": write("chats", {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}),
+            "benchmarks": {"sums": write("sums", *question) | {"text": "q", "answer": "a"}}}
+
+
+def test_files_are_read_field_by_field(tmp_path, monkeypatch):
+    reads, seen = set(), []
+    source, plain = FilesSource(**files_source(tmp_path)), FilesSource.model_dump
+    def watch(value, kind):
+        if kind == "FilesSource": value = {k: watch(v, "Files") if k in ("pages", "questions", "trivia", "conversations") else {n: watch(f, "Files") for n, f in v.items()} if k in ("documents", "benchmarks") else v for k, v in value.items()}
+        return Watched(value, reads, kind)
+    monkeypatch.setattr(FilesSource, "model_dump", lambda self, **kw: watch(plain(self, **kw), "FilesSource"))
+    with recording() as by_attribute: counts = run.collect(SimpleNamespace(seed=0, collect=source), {}, tmp_path/"out")
+    assert counts == {"pages": 1, "documents": 3, "questions": 2, "conversations": 1, "trivia": 2, "benchmark items": 2}
+    assert [d["text"] for d in load(tmp_path/"out"/"documents.parquet", DOCUMENT)][2] == "A document, number 2."
+    seen = reads | by_attribute
+    assert {f"Files.{f}" for f in Files.model_fields} | {f"FilesSource.{f}" for f in FilesSource.model_fields} <= seen
+
+
+WORLD = dict(people=20, pages=40, max_number=5, seed_questions=30, conversations=20, books=20, functions=20, items=6)
+
+
+def tables(**changes):
+    world = World(0, **{**WORLD, **changes})
+    return {"pages": world.pages(), "books": world.books(), "code": world.code(), "seed_questions": world.seed_questions(), "conversations": world.organic_conversations(),
+            "trivia": world.trivia(), "benchmarks": world.benchmarks()}
+
+
+
+
+def test_every_field_of_the_model_changes_it():
+    shape = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, rope_theta=100.0, rms_norm_eps=1e-5)
+    other = dict(vocab_size=41, hidden_size=64, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=1, intermediate_size=32, rope_theta=9.0, rms_norm_eps=1e-1)
+    def logits(**changes):
+        torch.manual_seed(0)
+        with torch.no_grad(): return Transformer(ModelConfig(**{**shape, **changes}, max_position_embeddings=16))(torch.arange(12)[None])
+    from phi4_ref.config import Model
+    assert set(other) == set(Model.model_fields)
+    for field, value in other.items():
+        a, b = logits(), logits(**{field: value})
+        assert a.shape != b.shape or not torch.allclose(a, b), field
+
+
+def test_the_teacher_is_the_one_named(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    remote = load_config("small")
+    with recording() as reads: llm = run.make_teacher(SimpleNamespace(seed=0, teacher=remote.teacher, collect=remote.collect), None)
+    assert llm.name == remote.teacher.model and str(llm.client.base_url).startswith(remote.teacher.base_url)
+    assert {"Teacher.kind", "Teacher.model", "Teacher.base_url"} <= reads
+
+
+
+
+# --- the paper ------------------------------------------------------------------------------------------------------------
+
+def test_phi4_14b_is_the_papers():
+    big = load_config("phi4-14b")
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps"):
+        assert getattr(big.model, key) == paper.MODEL[key], key
+    assert (big.pretrain.tokens, big.pretrain.context, big.pretrain.batch_size) == tuple(paper.PRETRAINING[k] for k in ("tokens", "context", "batch_sequences"))
+    assert (big.pretrain.lr, big.pretrain.weight_decay) == (paper.PRETRAINING["lr"], paper.PRETRAINING["weight_decay"])
+    assert (big.midtrain.tokens, big.midtrain.context, big.midtrain.rope_theta, big.midtrain.long_fraction) == tuple(paper.MIDTRAINING[k] for k in ("tokens", "context", "rope_theta", "long_fraction"))
+    assert big.midtrain.long_tokens == paper.MIDTRAINING["long_over"] and big.midtrain.lr == pytest.approx(paper.MIDTRAINING["lr_ratio"] * big.pretrain.lr)
+    assert (big.sft.lr, big.sft.tokens) == (paper.SFT["lr"], paper.SFT["tokens"])
+    assert (big.pts.low, big.pts.high) == (paper.PTS["p_min"], paper.PTS["p_max"])
+    for section in (big.dpo, big.judge): assert paper.DPO["safety_fraction_min"] <= section.refusal_fraction <= paper.DPO["safety_fraction_max"] and section.kl_weight == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mixture_is_table_5(name):
+    assert load_config(name).pretrain.fractions == {source: row["fraction"] for source, row in paper.TABLE_5.items()}

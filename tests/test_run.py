@@ -1,0 +1,230 @@
+"The whole recipe at tiny size: killed, interrupted, refused, moved, out of space; always the same bits in the end."
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from phi4_ref import artifact, cli
+from phi4_ref.artifact import StageRefused
+from phi4_ref.config import load_config
+from phi4_ref.run import open_checkpoint, run
+from phi4_ref.train import pretrain
+
+from tiny import TINY, phi4, start
+
+STAGES = ["collect", "curate", "synth", "pretrain", "midtrain", "sft", "pts", "dpo", "dpo_shuffled", "dpo_full", "judge", "stage2_only", "final", "eval", "report"]
+
+
+def manifests(folder): return {stage: json.loads((folder/stage/"manifest.json").read_text()) for stage in STAGES if (folder/stage).exists()}
+def fingerprints(folder): return {stage: manifest["fingerprint"] for stage, manifest in manifests(folder).items()}
+def weights(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+def config_of(folder, *changes): return load_config(folder/"config.yaml", [f"out={folder}", *changes])
+
+
+def begun(tiny_run, folder, last):
+    "A run directory that is finished up to a stage."
+    folder.mkdir(exist_ok=True)
+    shutil.copy(tiny_run/"config.yaml", folder)
+    for stage in STAGES[:STAGES.index(last) + 1]: shutil.copytree(tiny_run/stage, folder/stage)
+    return folder
+
+
+def wait_for(process, found, seconds=900):
+    "Until something is there; fails if the process ends before."
+    end = time.time() + seconds
+    while not found():
+        assert process.poll() is None and time.time() < end, process.communicate(timeout=60)
+        time.sleep(0.01)
+
+
+def complaint(work, capsys):
+    "What the command says of a mistake: one message without a traceback, exit status 2."
+    with pytest.raises(SystemExit) as stopped: cli.report_mistakes(work)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+# --- one run --------------------------------------------------------------------------------------------------------------
+
+def test_every_stage_is_there_and_nothing_else(tiny_run):
+    assert {p.name for p in tiny_run.iterdir()} == {*STAGES, "config.yaml", ".lock"}
+    left = ("checkpoints", "unfinished", "started.json")
+    assert not [p for p in tiny_run.rglob("*") if p.name.endswith((".part", ".partial", ".old", ".tmp")) or p.name in left]
+    for manifest in manifests(tiny_run).values(): assert manifest["versions"]["torch"] and manifest["seconds"] >= 0 and len(manifest["config_hash"]) == 16
+    assert "Table 9" in (tiny_run/"report"/"report.md").read_text()
+
+
+def test_a_second_run_skips_everything(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path/"run")
+    status, out, err = phi4("run", "toy", f"out={folder}", *TINY)
+    assert status == 0 and out.count("done before") == len(STAGES) and "..." not in out
+    assert manifests(folder) == manifests(tiny_run)
+
+
+def test_the_model_is_the_same_in_transformers(tiny_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_run/"final"), AutoTokenizer.from_pretrained(tiny_run/"final")
+    model, ours = open_checkpoint(tiny_run/"final")
+    for question in ("Mara has 3 plums. Mara buys 2 more. How many plums does Mara have now?", "Where does Boden live?", "Hello!", "Why does <|im_end|> end?"):
+        messages = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        text = tokenizer.decode(theirs.generate(**ids, max_new_tokens=48, do_sample=False)[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
+        assert text == cli.reply(model, ours, messages, temperature=0, seed=0, max_new_tokens=48) and text
+
+
+# --- killed and interrupted -----------------------------------------------------------------------------------------------
+
+KILLS = ["synth.partial/replies.sqlite", "pretrain.partial/log.jsonl", "pretrain.partial/checkpoints/step_00000020", "sft.partial/conversations.parquet", "pts.partial/started.json",
+         "dpo_full.partial/log.jsonl", "eval.partial/parts/base.parquet"]
+
+
+def test_killed_again_and_again_it_ends_in_the_same_bits(tiny_run, tmp_path):
+    "kill -9 up to a second after each of these files appears, then the same command."
+    rng, folder, died_in = random.Random(0), tmp_path/"run", []
+    for mark in KILLS:
+        process = start("run", "toy", f"out={folder}", *TINY)
+        try: wait_for(process, lambda: (folder/mark).exists() or (folder/mark.split(".")[0]).exists())
+        finally: time.sleep(rng.random()); process.kill(); process.communicate(timeout=60)
+        died_in += [p.name for p in folder.glob("*.partial")]
+    assert len(died_in) >= 4, died_in  # most kills came within a stage
+    status, out, err = phi4("run", "toy", f"out={folder}", *TINY)
+    assert status == 0, err
+    assert fingerprints(folder) == fingerprints(tiny_run) and weights(folder) == weights(tiny_run)
+    assert {p.name for p in folder.rglob("*")} == {p.name for p in tiny_run.rglob("*")}
+
+
+@pytest.mark.parametrize("moves", range(0, 12, 3))
+def test_killed_while_a_model_is_put_in_place(tiny_run, tmp_path, monkeypatch, moves):
+    "The last step of a training stage, cut short after some of its files were moved."
+    class Killed(BaseException): pass
+    left, replace = moves, os.replace
+    def dies(a, b):
+        nonlocal left
+        if (left := left - 1) < 0: raise Killed
+        replace(a, b)
+    model, tokenizer = open_checkpoint(tiny_run/"sft")
+    rows = [{"tokens": 1, "seconds": 1.0, "loss": 2.0}]
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.os, "replace", dies)
+        try: pretrain.finish_stage(model, tokenizer, tmp_path, rows)
+        except Killed: pass
+    (tmp_path/".unfinished.99.tmp").mkdir(); (tmp_path/".unfinished.99.tmp"/"model.safetensors").write_text("half")
+    pretrain.finish_stage(model, tokenizer, tmp_path, rows)
+    assert (tmp_path/"model.safetensors").read_bytes() == (tiny_run/"sft"/"model.safetensors").read_bytes()
+    assert {p.name for p in tmp_path.rglob("*")} == {p.name for p in (tiny_run/"sft").iterdir() if p.name not in ("log.jsonl", "manifest.json", "replies.sqlite") and not p.name.endswith(".parquet") and "counts" not in p.name}
+
+
+
+
+def complaint_of(done):
+    "The one line on standard error of a command that was refused."
+    status, out, err = done
+    assert status == 2 and len(err.strip().splitlines()) == 1, err
+    return err
+
+
+# --- other settings, other inputs, other places ---------------------------------------------------------------------------
+
+def test_a_changed_field_is_refused_before_any_work(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path/"run")
+    shutil.rmtree(folder/"report")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"}
+    for verb in ("run", "eval", "report"):  # whatever the verb is about
+        with pytest.raises(StageRefused, match=r"pretrain was made with different settings:\n  pretrain\.lr: 0\.005 -> 0\.001\n"): run(config_of(folder, "pretrain.lr=1e-3"), verb)
+    with pytest.raises(StageRefused, match="seed: 0 -> 1"): run(config_of(folder, "seed=1"))
+    status, out, err = phi4("run", folder, "judge.beta=0.3", "dpo.lr=1")
+    assert status == 2 and "dpo.lr: 3e-05 -> 1.0" in err and "--force" in err and "Traceback" not in err and not out
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"}
+
+
+def test_begun_with_other_settings_is_refused(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "collect")
+    config = config_of(folder)
+    (folder/"sft.partial").mkdir()
+    (folder/"sft.partial"/"started.json").write_text(json.dumps({"config": {"seed": 0, "sft": {"lr": 9.0}}, "inputs": {}, "seconds": 0}))
+    with pytest.raises(StageRefused, match=r"sft\.lr: 9\.0 -> 0\.003"): run(config, "curate")
+    assert not (folder/"curate").exists()
+
+
+def test_force_makes_again_what_differs_and_what_follows(tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run, tmp_path/"run")
+    run(config_of(folder, "evaluate.items=2"), force=True)
+    out = capsys.readouterr().out
+    assert out.count("done before") == 13 and "eval         ..." in out and "report       ..." in out
+    assert manifests(folder)["eval"]["config"]["evaluate"]["items"] == 2 and config_of(folder).evaluate.items == 2
+    run(config_of(folder), "report", force=True)
+    assert "[1/1] report       ..." in capsys.readouterr().out
+    assert weights(folder) == weights(tiny_run)
+
+
+def test_a_changed_input_is_refused(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "pretrain")
+    run(config_of(folder, "curate.min_quality=3.5"), "curate", force=True)
+    with pytest.raises(StageRefused, match="synth was made with different settings:\n  input curate: "): run(config_of(folder))
+    assert not (folder/"midtrain.partial").exists()
+
+
+def test_a_stage_whose_input_is_missing(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "collect")
+    with pytest.raises(FileNotFoundError, match="stage synth needs .*curate, which is not finished: run the stage curate first"): run(config_of(folder), "synth")
+
+
+def test_a_run_directory_can_be_moved(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path/"a b"/"moved")
+    status, out, err = phi4("report", "moved", "--force", cwd=tmp_path/"a b")
+    assert status == 0 and "report       ..." in out and not (tmp_path/"a b"/"runs").exists(), err
+    assert (folder/"report"/"report.md").exists() and config_of(folder).out == str(folder)
+    run(config_of(folder))
+    assert manifests(folder)["final"] == manifests(tiny_run)["final"]
+
+
+# --- broken files, no space -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, verb", [("pretrain/model.safetensors", "midtrain"), ("pretrain/config.json", "midtrain"), ("pretrain/tokenizer.json", "midtrain"),
+                                        ("curate/documents.parquet", "midtrain"), ("synth/manifest.json", "midtrain"), ("config.yaml", "midtrain")])
+def test_a_truncated_file_is_named(tiny_run, tmp_path, capsys, name, verb):
+    folder = begun(tiny_run, tmp_path/"run", "pretrain")
+    data = (folder/name).read_bytes()
+    (folder/name).write_bytes(data[:len(data) // 2])
+    said = complaint(lambda: run(cli.find_config(str(folder), []), verb), capsys)
+    assert said.startswith("phi4: ") and (name.split("/")[-1] in said or "the tokenizer in" in said) and name.split("/")[0] in said, said
+    assert not (folder/"midtrain").exists()
+
+
+def test_a_truncated_checkpoint_is_one_line(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "pretrain")
+    path = folder/"pretrain"/"model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert str(path) in complaint_of(phi4("midtrain", folder))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of its own, as large as asked for."
+    def mount(size, *more): return subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *more]), "tmpfs", disk], capture_output=True).returncode == 0
+    disk = tmp_path/"disk"
+    disk.mkdir()
+    if not mount("16m"): pytest.skip("needs the right to mount a tmpfs")
+    yield disk, lambda size: mount(size, "remount")
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+
+
+def test_a_limit_on_file_size_is_named_like_a_full_disk(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "synth")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    said = complaint_of(phi4("pretrain", folder, preexec_fn=limit))
+    assert "the disk is full: stage pretrain stopped" in said and "File too large" in said
+    assert list(manifests(folder)) == ["collect", "curate", "synth"]
+
+
+def test_training_that_diverges_is_one_message(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "synth")
+    assert "loss" in complaint_of(phi4("pretrain", folder, "pretrain.lr=1e30"))
