@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'Stage', 'make_world', 'make_teacher', 'collect', 'curate_texts',
            'curate', 'synthesise', 'train_settings', 'training_documents', 'open_checkpoint', 'pretrain', 'midtrain',
-           'BaseModelLLM', 'best_answers', 'refusals', 'sft', 'pts', 'pair_tokens', 'preference_stage', 'pivotal_pairs',
-           'dpo', 'dpo_shuffled', 'dpo_full', 'judge', 'judged', 'stage2_only', 'final', 'asked_of',
+           'BaseModelLLM', 'best_answers', 'refusals', 'sft', 'pts', 'pair_tokens', 'preference_stage', 'with_refusals',
+           'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'judge', 'judged', 'stage2_only', 'final', 'asked_of',
            'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'needs_again', 'run_stage',
            'keep_config', 'run']
 
@@ -277,14 +277,18 @@ def preference_stage(c, section, start:Path, pairs, out, kind, epochs=None):
                     epochs=epochs or section.epochs, batch_size=section.batch_size)
     return finish_stage(model, tokenizer, out, log, pairs=len(pairs))
 
-# %% ../nbs/70_run.ipynb #a633fb41
-def pivotal_pairs(c, inputs, shuffled=False):
-    "The pairs of stage 1: pivotal, with 1-5% of refusal data (phi-4 §4.2-4.3)."
-    from phi4_ref.post.dpo import mix, shuffle_labels
-    pairs = load(inputs["pts"]/"pairs.parquet", PREFERENCE)
-    if shuffled: pairs = shuffle_labels(pairs, c.seed)
+# %% ../nbs/70_run.ipynb #16eb25fa
+def with_refusals(pairs, inputs, fraction, seed):
+    "Pairs with a share of the run's refusal pairs (phi-4 §4.2, App. A.1)."
+    from phi4_ref.post.dpo import mix
     refused = inputs["sft"]/"refusal_pairs.parquet"
-    return mix(pairs, load(refused, PREFERENCE) if refused.exists() else [], c.dpo.refusal_fraction, c.seed)
+    return mix(pairs, load(refused, PREFERENCE) if refused.exists() else [], fraction, seed)
+
+def pivotal_pairs(c, inputs, shuffled=False):
+    "The pairs of stage 1: pivotal, with refusals (phi-4 §4.3)."
+    from phi4_ref.post.dpo import shuffle_labels
+    pairs = load(inputs["pts"]/"pairs.parquet", PREFERENCE)
+    return with_refusals(shuffle_labels(pairs, c.seed) if shuffled else pairs, inputs, c.dpo.refusal_fraction, c.seed)
 
 # %% ../nbs/70_run.ipynb #000af3e4
 def dpo(c, inputs, out):
@@ -316,7 +320,7 @@ def judge(c, inputs, out):
     replies = collect_replies(prompts, [(teacher, 1), (ModelChat(model, tokenizer, "dpo"), c.judge.samples)], temperature=c.judge.temperature,
                               max_tokens=c.judge.max_new_tokens, seed=c.seed)
     pairs, counts = judge_pairs(prompts, replies, teacher, tokenizer, c.seed)
-    save(out/"pairs.parquet", pairs, PREFERENCE)
+    save(out/"pairs.parquet", with_refusals(pairs, inputs, c.judge.refusal_fraction, c.seed), PREFERENCE)
     save_json(out/"counts.json", counts)
     return {"pairs": len(pairs), "prompts": len(prompts)}
 

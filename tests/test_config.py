@@ -1,5 +1,4 @@
 "The configuration: what is refused and how it says so, that every field is read, that the paper's settings are the paper's."
-import copy
 import json
 from types import SimpleNamespace
 
@@ -8,9 +7,8 @@ import torch
 import yaml
 
 from phi4_ref import paper, run
-from phi4_ref.config import CONFIGS, Config, Files, FilesSource, Section, WorldSource, load_config, override, parse_value
+from phi4_ref.config import CONFIGS, Config, Files, FilesSource, Model, Section, WorldSource, load_config, override, parse_value
 from phi4_ref.model.transformer import ModelConfig, Transformer
-from phi4_ref.records import DOCUMENT, load
 from phi4_ref.world import World
 from record_reads import recording
 
@@ -134,9 +132,14 @@ def leaves():
 
 
 class Watched(dict):
-    "A dict that notes which of its keys are asked for."
-    def __init__(self, values, reads, kind): super().__init__(values); self.reads, self.kind = reads, kind
-    def __getitem__(self, key): self.reads.add(f"{self.kind}.{key}"); return super().__getitem__(key)
+    "Settings as plain dicts that note which keys the code asks for."
+    def __init__(self, values, reads):
+        super().__init__({key: Watched(value, reads) if isinstance(value, dict) else value for key, value in values.items()})
+        self.kind, self.reads = "FilesSource" if "kind" in values else "Files", reads
+
+    def __getitem__(self, key):
+        self.reads.add(f"{self.kind}.{key}")
+        return super().__getitem__(key)
 
 
 def files_source(folder):
@@ -151,20 +154,15 @@ def files_source(folder):
 
 
 def test_files_are_read_field_by_field(tmp_path, monkeypatch):
-    reads, seen = set(), []
     source, plain = FilesSource(**files_source(tmp_path)), FilesSource.model_dump
-    def watch(value, kind):
-        if kind == "FilesSource": value = {k: watch(v, "Files") if k in ("pages", "questions", "trivia", "conversations") else {n: watch(f, "Files") for n, f in v.items()} if k in ("documents", "benchmarks") else v for k, v in value.items()}
-        return Watched(value, reads, kind)
-    monkeypatch.setattr(FilesSource, "model_dump", lambda self, **kw: watch(plain(self, **kw), "FilesSource"))
-    with recording() as by_attribute: counts = run.collect(SimpleNamespace(seed=0, collect=source), {}, tmp_path/"out")
+    with recording() as reads:
+        monkeypatch.setattr(FilesSource, "model_dump", lambda self, **kw: Watched(plain(self, **kw), reads))
+        counts = run.collect(SimpleNamespace(seed=0, collect=source), {}, tmp_path/"out")
     assert counts == {"pages": 1, "documents": 3, "questions": 2, "conversations": 1, "trivia": 2, "benchmark items": 2}
-    assert [d["text"] for d in load(tmp_path/"out"/"documents.parquet", DOCUMENT)][2] == "A document, number 2."
-    seen = reads | by_attribute
-    assert {f"Files.{f}" for f in Files.model_fields} | {f"FilesSource.{f}" for f in FilesSource.model_fields} <= seen
+    assert {f"{kind.__name__}.{field}" for kind in (Files, FilesSource) for field in kind.model_fields} <= reads
 
 
-WORLD = dict(people=20, pages=40, max_number=5, seed_questions=30, conversations=20, books=20, functions=20, items=6)
+WORLD = dict(people=20, pages=60, max_number=5, seed_questions=30, conversations=20, books=20, functions=20, items=6)
 
 
 def tables(**changes):
@@ -173,6 +171,10 @@ def tables(**changes):
             "trivia": world.trivia(), "benchmarks": world.benchmarks()}
 
 
+def test_every_field_of_the_world_changes_it():
+    before = tables()
+    for field in set(WorldSource.model_fields) - {"kind"}: assert tables(**{field: WORLD[field] + 3}) != before, field
+    assert set(WORLD) == set(WorldSource.model_fields) - {"kind"}
 
 
 def test_every_field_of_the_model_changes_it():
@@ -181,7 +183,6 @@ def test_every_field_of_the_model_changes_it():
     def logits(**changes):
         torch.manual_seed(0)
         with torch.no_grad(): return Transformer(ModelConfig(**{**shape, **changes}, max_position_embeddings=16))(torch.arange(12)[None])
-    from phi4_ref.config import Model
     assert set(other) == set(Model.model_fields)
     for field, value in other.items():
         a, b = logits(), logits(**{field: value})
@@ -196,6 +197,12 @@ def test_the_teacher_is_the_one_named(monkeypatch):
     assert {"Teacher.kind", "Teacher.model", "Teacher.base_url"} <= reads
 
 
+def test_every_field_is_read(tiny_reads):
+    "What one run reads, and what the tests above show of the sections that are handed on whole or lie idle in the toy."
+    whole = {"WorldSource": WORLD, "Files": Files.model_fields, "FilesSource": FilesSource.model_fields, "Model": Model.model_fields}
+    shown = {f"{kind}.{field}" for kind, fields in whole.items() for field in fields} | {"Teacher.base_url"}
+    unread = leaves() - tiny_reads - shown
+    assert len(leaves()) > 100 and not unread, sorted(unread)
 
 
 # --- the paper ------------------------------------------------------------------------------------------------------------

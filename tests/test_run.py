@@ -50,6 +50,13 @@ def complaint(work, capsys):
     return capsys.readouterr().err
 
 
+def complaint_of(done):
+    "The one line on standard error of a command that was refused."
+    status, out, err = done
+    assert status == 2 and len(err.strip().splitlines()) == 1, err
+    return err
+
+
 # --- one run --------------------------------------------------------------------------------------------------------------
 
 def test_every_stage_is_there_and_nothing_else(tiny_run):
@@ -114,19 +121,30 @@ def test_killed_while_a_model_is_put_in_place(tiny_run, tmp_path, monkeypatch, m
         patch.setattr(pretrain.os, "replace", dies)
         try: pretrain.finish_stage(model, tokenizer, tmp_path, rows)
         except Killed: pass
-    (tmp_path/".unfinished.99.tmp").mkdir(); (tmp_path/".unfinished.99.tmp"/"model.safetensors").write_text("half")
+    (tmp_path/".unfinished.99.tmp").mkdir()  # of one that died while it wrote
     pretrain.finish_stage(model, tokenizer, tmp_path, rows)
     assert (tmp_path/"model.safetensors").read_bytes() == (tiny_run/"sft"/"model.safetensors").read_bytes()
-    assert {p.name for p in tmp_path.rglob("*")} == {p.name for p in (tiny_run/"sft").iterdir() if p.name not in ("log.jsonl", "manifest.json", "replies.sqlite") and not p.name.endswith(".parquet") and "counts" not in p.name}
+    assert {p.name for p in tmp_path.rglob("*")} == {p.name for p in (tiny_run/"midtrain").iterdir()} - {"log.jsonl", "manifest.json", "mixture.json"}
 
 
+@pytest.mark.parametrize("stage, mark", [("pretrain", "log.jsonl"), ("pts", "started.json")])
+def test_an_interrupt_leaves_what_goes_on(tiny_run, tmp_path, stage, mark):
+    folder = begun(tiny_run, tmp_path/"run", STAGES[STAGES.index(stage) - 1])
+    process = start("run", folder)
+    wait_for(process, lambda: (folder/f"{stage}.partial"/mark).exists())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 130 and "interrupted: what is finished is kept" in err and "Traceback" not in err, err
+    assert (folder/f"{stage}.partial").exists() and not (folder/stage).exists()
+    if stage == "pretrain": assert list((folder/"pretrain.partial"/"checkpoints").glob("step_*"))
+    assert phi4(stage, folder)[0] == 0
+    assert fingerprints(folder)[stage] == fingerprints(tiny_run)[stage]
 
 
-def complaint_of(done):
-    "The one line on standard error of a command that was refused."
-    status, out, err = done
-    assert status == 2 and len(err.strip().splitlines()) == 1, err
-    return err
+def test_two_processes_in_one_directory(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "collect")
+    with artifact.only_one(folder): assert f"another process is working in {folder}" in complaint_of(phi4("curate", folder))
+    assert not (folder/"curate.partial").exists()
 
 
 # --- other settings, other inputs, other places ---------------------------------------------------------------------------
@@ -186,14 +204,13 @@ def test_a_run_directory_can_be_moved(tiny_run, tmp_path):
 
 # --- broken files, no space -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, verb", [("pretrain/model.safetensors", "midtrain"), ("pretrain/config.json", "midtrain"), ("pretrain/tokenizer.json", "midtrain"),
-                                        ("curate/documents.parquet", "midtrain"), ("synth/manifest.json", "midtrain"), ("config.yaml", "midtrain")])
-def test_a_truncated_file_is_named(tiny_run, tmp_path, capsys, name, verb):
+@pytest.mark.parametrize("name", ["pretrain/model.safetensors", "pretrain/config.json", "pretrain/tokenizer.json", "curate/documents.parquet", "synth/manifest.json", "config.yaml"])
+def test_a_truncated_file_is_named(tiny_run, tmp_path, capsys, name):
     folder = begun(tiny_run, tmp_path/"run", "pretrain")
     data = (folder/name).read_bytes()
     (folder/name).write_bytes(data[:len(data) // 2])
-    said = complaint(lambda: run(cli.find_config(str(folder), []), verb), capsys)
-    assert said.startswith("phi4: ") and (name.split("/")[-1] in said or "the tokenizer in" in said) and name.split("/")[0] in said, said
+    said = complaint(lambda: run(cli.find_config(str(folder), []), "midtrain"), capsys)
+    assert said.startswith("phi4: ") and ("the tokenizer in" if "tokenizer" in name else name.split("/")[-1]) in said and name.split("/")[0] in said, said
     assert not (folder/"midtrain").exists()
 
 
@@ -215,6 +232,17 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.parametrize("stage", ["curate", "pretrain"])
+def test_a_full_disk(tiny_run, small_disk, stage):
+    (disk, resize), before = small_disk, STAGES[:STAGES.index(stage)]
+    folder = begun(tiny_run, disk/"run", before[-1])
+    used = sum(p.stat().st_blocks * 512 for p in folder.rglob("*"))
+    assert resize(used + 24 * 1024)
+    said = complaint_of(phi4(stage, folder))
+    assert f"the disk is full: stage {stage} stopped while writing" in said and "the same command" in said
+    assert list(manifests(folder)) == before
+    assert resize("32m") and phi4(stage, folder)[0] == 0
+    assert fingerprints(folder)[stage] == fingerprints(tiny_run)[stage]
 
 
 def test_a_limit_on_file_size_is_named_like_a_full_disk(tiny_run, tmp_path):

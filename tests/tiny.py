@@ -14,7 +14,7 @@ pts.questions=40 pts.low=0.01 pts.high=0.99 pts.p_gap=0.1 dpo.epochs=1 judge.pro
 evaluate.samples=1 evaluate.items=6 evaluate.max_new_tokens=24""".split()
 
 PHI4 = str(Path(sys.executable).parent/"phi4")  # the installed command
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
+ENV = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
 
 
 def start(*args, **kw):
