@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'SURNAMES', 'VALUES', 'STATEMENTS', 'QUESTIONS', 'NAME', 'OPS', 'PROBLEM_NAMES', 'NOUNS', 'EVENTS', 'TIMES',
-           'N', 'FEW', 'PAIRS', 'FAMILIES', 'LOOP', 'SYLLABLES', 'PORTS', 'CARGO', 'COLOURS', 'GOODS', 'KINDS',
+           'N', 'FEW', 'PAIRS', 'FAMILIES', 'LOOP', 'SYLLABLES', 'PORTS', 'CARGO', 'COLOURS', 'GOODS', 'DIARY', 'KINDS',
            'stream', 'held_out', 'Person', 'make_people', 'state', 'ask', 'find_facts', 'parse_fact_question', 'Step',
            'step', 'worked_text', 'merged_text', 'Problem', 'tell', 'draw_step', 'draw_steps', 'make_problems',
            'find_problems', 'parse_problem', 'Family', 'Function', 'draw_input', 'asserts', 'fill', 'make_functions',
            'parse_instruction', 'parse_code', 'Context', 'qa', 'about_tokens', 'Used', 'json_unit', 'rag_unit',
-           'ledger_unit', 'account_unit', 'make_context']
+           'ledger_unit', 'diary_unit', 'make_context']
 
 # %% ../nbs/04_universe.ipynb #e5c02488
 import hashlib
@@ -431,7 +431,7 @@ def parse_code(
 # %% ../nbs/04_universe.ipynb #28bc1734
 @dataclass(frozen=True)
 class Context:
-    "Text made of units, with questions for the first of them, or for all: `asks[i]` is (question, answer, reply) for `units[i]`."
+    "Text made of units: `asks[i]` is (question, answer, reply) for `units[i]`, or None where nothing is asked."
     kind: str
     head: str
     units: tuple
@@ -485,20 +485,22 @@ def ledger_unit(rng, used):
     return f"Entry {len(used)}: {a} paid {b} {coins} coins for {rng.choice(GOODS)}.", (f"How many coins did {a} pay {b}?", str(coins), f"{a} paid {b} {coins} coins.")
 
 # %% ../nbs/04_universe.ipynb #fa0e7643
-def account_unit(rng, used):
+DIARY = ["{a} sold {g} to {b}.", "{a} mended the roof of {b}.", "{a} and {b} sang in the square.", "Rain fell on {c} all day.", "{a} carried {g} to the mill.", "The {x} ship came into {c}.",
+         "{a} went to {c} with {b}.", "{a} lost a {x} hat.", "{b} found {g} in the barn.", "The market of {c} was full of {g}.", "{a} wrote a letter to {b}.", "{a} painted the door {x}."]
+
+def diary_unit(rng, used):
     if not used:
         name, coins = used.new(lambda: rng.choice(PROBLEM_NAMES)), rng.randint(10, 99)
-        return f"{name} has {coins} coins.", (f"How many coins did {name} have at the start?", str(coins), f"Start with {coins}.")
+        return f"{name} has {coins} coins.", (f"How many coins does {name} have?", str(coins), f"{name} has {coins} coins.")
     a, b = rng.sample(PROBLEM_NAMES, 2)
-    number = used.new(lambda: len(used))
-    return f"Entry {number}: {a} paid {b} {rng.randint(2, 99)} coins for {rng.choice(GOODS)}.", None
+    return rng.choice(DIARY).format(a=a, b=b, g=rng.choice(GOODS), c=rng.choice(VALUES["city"]), x=rng.choice(COLOURS)), None
 
 # %% ../nbs/04_universe.ipynb #ee5d7bc8
 KINDS = {"json": (json_unit, "{{", ", ", "}"), "rag": (rag_unit, "", "\n", ""), "ledger": (ledger_unit, "Ledger of {}.\n", "\n", ""),
-         "account": (account_unit, "", "\n", "")}
+         "diary": (diary_unit, "", "\n", "")}
 
 def make_context(
-    kind:str,           # json, rag, ledger or account
+    kind:str,           # json, rag, ledger or diary
     rng:random.Random,  # the stream
     tokens:int          # about how long; a ledger has at most 200 entries
 )->Context:
@@ -508,5 +510,8 @@ def make_context(
     size = about_tokens(head)
     while not units or size + about_tokens(units[-1]) < tokens and len(units) < (200 if kind == "ledger" else 10**6):
         text, question = unit(rng, used)
-        units.append(text); asks += [question] if question else []; size += about_tokens(text + sep)
+        units.append(text); asks.append(question); size += about_tokens(text + sep)
+    if kind == "diary":
+        at = rng.randrange(len(units))
+        units.insert(at, units.pop(0)); asks.insert(at, asks.pop(0))
     return Context(kind, head, tuple(units), tuple(asks), sep, tail)

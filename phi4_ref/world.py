@@ -18,7 +18,7 @@ from .universe import (FAMILIES, FIRST, VALUES, Context, Function, Person, Probl
 
 # %% ../nbs/06_world.ipynb #05f2d32c
 def split_context(
-    kind:str,           # json, rag, ledger or account
+    kind:str,           # json, rag, ledger or diary
     rng:random.Random,  # the stream
     tokens:int,         # about how long
     split:str="train"   # or "test", by the hash of the first unit
@@ -30,29 +30,30 @@ def split_context(
         if held_out(first.text) == (split == "test"): return make_context(kind, stream(number), tokens)
 
 # %% ../nbs/06_world.ipynb #7bb030ee
-TITLES = {"account": "Account", "ledger": "Ledger", "json": "Register", "rag": "Sailing list"}
+TITLES = {"diary": "Diary", "ledger": "Ledger", "json": "Register", "rag": "Sailing list"}
 
 # %% ../nbs/06_world.ipynb #6e93d176
 def short_book(
-    kind:str,           # json, rag, ledger or account
+    kind:str,           # json, rag, ledger or diary
     rng:random.Random,  # the stream
     tokens:int          # about how long with its questions
 )->str:
     "A context with up to three questions about it."
     context = split_context(kind, rng, max(40, tokens - 75))
-    asked = rng.sample(context.asks, min(3, len(context.asks)))
+    asks = [a for a in context.asks if a]
+    asked = rng.sample(asks, min(3, len(asks)))
     return context.text + "\n\n" + "\n\n".join(qa(q, reply) for q, _, reply in asked)
 
 # %% ../nbs/06_world.ipynb #a6a0aee6
 def long_book(
-    kind:str,           # json, rag, ledger or account
+    kind:str,           # json, rag, ledger or diary
     rng:random.Random,  # the stream
     tokens:int,         # about how long
     reach_tokens:int    # how far back a question may ask
 )->str:
     "A long context with questions for early units, between the units and at the end."
-    context = split_context(kind, rng, min(tokens, round(1.2 * reach_tokens)) if kind == "account" else tokens)
-    if kind == "account": return context.text + "\n\n" + qa(*context.asks[0][::2])
+    context = split_context(kind, rng, min(tokens, round(1.2 * reach_tokens)) if kind == "diary" else tokens)
+    if kind == "diary": return context.text + "\n\n" + qa(*next(filter(None, context.asks))[::2])
     reach = max(3, round(reach_tokens / about_tokens(context.text) * len(context.units)))
     def early(n):
         window = context.asks[max(0, n - reach):n]
@@ -70,8 +71,8 @@ def make_books(
     n:int,                # documents; one in five is long
     base_tokens:int=190   # about the longest short one; long ones have 2 to 15 times as many
 )->list[dict]:            # DOCUMENT rows, source "acquired", meta title, kind, long
-    "Accounts, ledgers, registers and sailing lists; half are accounts."
-    order, rows = [kind for other in ("json", "rag", "ledger") for kind in ("account", other)], []
+    "Diaries, ledgers, registers and sailing lists; half are diaries."
+    order, rows = [kind for other in ("json", "rag", "ledger") for kind in ("diary", other)], []
     for i in range(n):
         rng, kind, is_long = stream(seed, "book", i), order[(i % 5 + i // 5) % 6], i % 5 == 0
         size = rng.randint(5, 15) * base_tokens if rng.random() < 0.1 else round(rng.uniform(2, 5) * base_tokens)
@@ -235,7 +236,7 @@ def mcq_row(
 # %% ../nbs/06_world.ipynb #b8bdaccb
 def recall_row(
     id:str,      # of the row
-    kind:str,    # json, rag, ledger or account
+    kind:str,    # json, rag, ledger or diary
     length:int,  # 1, 2 or 4 times the base context
     seed:int,    # of the world
     tokens:int   # about how long the context
@@ -243,7 +244,8 @@ def recall_row(
     "A question about a context that no training document contains."
     rng = stream(seed, "recall", id)
     context = split_context(kind, rng, tokens, "test")
-    i = rng.randrange((len(context.asks) + 1) // 2)
+    places = [i for i, a in enumerate(context.asks) if a]
+    i = rng.choice(places[:(len(places) + 1) // 2])
     question, answer, reply = context.asks[i]
     meta = {"context": context.text, "length": length, "depth": i / len(context.units), "reply": reply, "context_kind": kind}
     return {"id": id, "question": question, "answer": answer, "kind": "rag" if kind == "rag" else "recall", "meta": meta}
@@ -252,7 +254,7 @@ def recall_row(
 def recall_rows(
     seed:int,        # of the world
     name:str,        # of the benchmark
-    kind:str,        # json, rag, ledger or account
+    kind:str,        # json, rag, ledger or diary
     n:int,           # items, over the three lengths
     base_tokens:int  # about how long a context of length 1
 )->list[dict]:
@@ -289,7 +291,7 @@ def make_benchmarks(
             "code": [code_row(f"code-{i:04}", f, stream(seed, "code benchmark", i)) for i, f in enumerate(list(held.values())[:n])],
             **fact_benchmarks(seed, people, n),
             "json_recall": recall_rows(seed, "json_recall", "json", n, base_tokens), "rag": recall_rows(seed, "rag", "rag", n, base_tokens),
-            "account": recall_rows(seed, "account", "account", n, base_tokens), "ledger": recall_rows(seed, "ledger", "ledger", n, base_tokens)}
+            "diary": recall_rows(seed, "diary", "diary", n, base_tokens), "ledger": recall_rows(seed, "ledger", "ledger", n, base_tokens)}
 
 # %% ../nbs/06_world.ipynb #329f3d6d
 class World:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainSettings', 'lr_at', 'param_groups', 'make_optimizer', 'plain_lm_loss', 'ChunkedCrossEntropy', 'lm_loss',
-           'computes_bf16', 'use_bf16', 'Objective', 'process_share', 'train_step', 'scale_gradients', 'rng_state',
-           'set_rng_state', 'write_checkpoint', 'read_state', 'latest_checkpoint', 'load_checkpoint', 'describe_run',
-           'check_same_run', 'cut_log', 'interrupt_flag', 'restore', 'save', 'count_tokens', 'account', 'train']
+           'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share', 'train_step', 'scale_gradients',
+           'rng_state', 'set_rng_state', 'write_checkpoint', 'read_state', 'latest_checkpoint', 'load_checkpoint',
+           'describe_run', 'check_same_run', 'cut_log', 'interrupt_flag', 'restore', 'save', 'count_tokens', 'account',
+           'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import base64
@@ -131,13 +132,19 @@ def lm_loss(
     return total, keep_BT.sum(), {}
 
 # %% ../../nbs/41_train.loop.ipynb #eed5045b
+def cpu_vendor()->str:  # 'GenuineIntel', 'AuthenticAMD', ...; empty where the system does not say
+    "Who made this machine's CPU."
+    path = Path('/proc/cpuinfo')
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(':')[1].strip() for line in lines if line.startswith('vendor_id')), '')
+
 def computes_bf16(
     device,   # torch.device
-)->bool:      # whether bfloat16 products are native there
+)->bool:      # whether bfloat16 products are faster there than float32 ones
     "Does this machine gain from bfloat16?"
     if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == 'cpu': return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+    if device.type != 'cpu': return False
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and cpu_vendor() == 'AuthenticAMD'
 
 def use_bf16(settings:TrainSettings, device)->bool:
     "The precision that the settings mean on this device."
