@@ -71,10 +71,10 @@ def make_books(
     n:int,                # documents; one in five is long
     base_tokens:int=190   # about the longest short one; long ones have 2 to 15 times as many
 )->list[dict]:            # DOCUMENT rows, source "acquired", meta title, kind, long
-    "Diaries, ledgers, registers and sailing lists; half are diaries."
-    order, rows = [kind for other in ("json", "rag", "ledger") for kind in ("diary", other)], []
+    "Diaries, ledgers, registers and sailing lists; three in four are diaries."
+    order, rows = [kind for other in ("json", "rag", "ledger") for kind in ("diary", "diary", "diary", other)], []
     for i in range(n):
-        rng, kind, is_long = stream(seed, "book", i), order[(i % 5 + i // 5) % 6], i % 5 == 0
+        rng, kind, is_long = stream(seed, "book", i), order[(i % 5 + i // 5) % len(order)], i % 5 == 0
         size = rng.randint(5, 15) * base_tokens if rng.random() < 0.1 else round(rng.uniform(2, 5) * base_tokens)
         text = long_book(kind, rng, size, 4 * base_tokens) if is_long else short_book(kind, rng, rng.randint(base_tokens // 2, base_tokens))
         rows.append({"id": f"book-{i:05}", "text": text, "source": "acquired", "lang": "en", "meta": {"title": f"{TITLES[kind]} {i}", "kind": kind, "long": is_long}})
