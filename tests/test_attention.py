@@ -68,6 +68,7 @@ def packed_rows(draw, most=40):
 
 # Documents in a row
 
+@settings(deadline=None)
 @given(packed_rows())
 def test_boundaries_and_mask_of_random_cuts(rows):
     position_ids, width = positions(*rows), sum(rows[0])
