@@ -178,7 +178,7 @@ def test_a_missing_shard_and_a_missing_directory_are_named(tmp_path):
 def test_user_errors_are_named():
     with pytest.raises(ValueError, match="num_attention_heads=4 is not a multiple"): replace(TINY, num_key_value_heads=3)
     with pytest.raises(ValueError, match="must be even"): replace(TINY, hidden_size=12)
-    with pytest.raises(ValueError, match="attention='flash'"): Transformer(TINY, "flash")
+    with pytest.raises(ValueError, match="attention='fast'"): Transformer(TINY, "fast")
     with pytest.raises(ValueError, match="position_ids_BT"): build()(ids_of(1, 3), cache=KVCache(TINY, 1, 8))
     with pytest.raises(ValueError, match="beyond the cache's 4 slots"): build()(ids_of(1, 5), torch.arange(5)[None], KVCache(TINY, 1, 4))
 

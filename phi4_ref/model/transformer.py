@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PHI4_14B', 'ATTENTION', 'ModelConfig', 'RMSNorm', 'rope_table', 'rotate', 'eager_attention', 'sdpa_attention',
-           'blocked_attention', 'auto_attention', 'Attention', 'MLP', 'Layer', 'KVCache', 'cache_length', 'grow_cache',
-           'copy_rows', 'keep_rows', 'Trunk', 'init_weights', 'Transformer', 'cache_access', 'count_parameters',
-           'flops_per_token', 'to_hf_config', 'from_hf_config', 'swap', 'write_json', 'save_pretrained', 'weight_files',
-           'read_json', 'read_weights', 'checkpoint_directory', 'from_pretrained']
+           'blocked_attention', 'auto_attention', 'document_starts', 'document_mask', 'cu_seqlens', 'flash_attention',
+           'Attention', 'MLP', 'Layer', 'KVCache', 'cache_length', 'grow_cache', 'copy_rows', 'keep_rows', 'Trunk',
+           'init_weights', 'Transformer', 'cache_access', 'count_parameters', 'flops_per_token', 'to_hf_config',
+           'from_hf_config', 'swap', 'write_json', 'save_pretrained', 'weight_files', 'read_json', 'read_weights',
+           'checkpoint_directory', 'from_pretrained']
 
 # %% ../../nbs/11_model.transformer.ipynb #68c9e13c
 import json, math, os, re, shutil
@@ -20,6 +21,10 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+try: from flash_attn import flash_attn_varlen_func
+except ImportError: flash_attn_varlen_func = None  # optional: pip install phi4_ref[gpu]
 
 # %% ../../nbs/11_model.transformer.ipynb #8d22ecbb
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def eager_attention(
     v_BKSD:Tensor,          # values
     mask_BTS:Tensor=None,   # 0 where a query may look, -inf elsewhere; default causal, T = S
 )->Tensor:                  # x_BHTD
-    "Grouped-query attention, written out."
+    "Grouped-query attention, written out (phi-4 §3)."
     groups = q_BHTD.shape[1] // k_BKSD.shape[1]
     k_BHSD, v_BHSD = k_BKSD.repeat_interleave(groups, 1), v_BKSD.repeat_interleave(groups, 1)
     if mask_BTS is None: mask_BTS = q_BHTD.new_full((1, q_BHTD.shape[2], k_BKSD.shape[2]), -torch.inf).triu(1)
@@ -103,7 +108,10 @@ def eager_attention(
 def sdpa_attention(q_BHTD:Tensor, k_BKSD:Tensor, v_BKSD:Tensor, mask_BTS:Tensor=None)->Tensor:
     "Attention through PyTorch's fused kernel; arguments of `eager_attention`."
     if mask_BTS is None: return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=True)
-    if q_BHTD.shape[2] > 1: return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, mask_BTS[:, None], enable_gqa=True)
+    if q_BHTD.shape[2] > 1:
+        grouped = q_BHTD.device.type == "cpu"
+        if not grouped: k_BKSD, v_BKSD = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], 1) for x in (k_BKSD, v_BKSD))
+        return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, mask_BTS[:, None], enable_gqa=grouped)
     q_BKGD = q_BHTD.reshape(*k_BKSD.shape[:2], -1, k_BKSD.shape[-1])
     return F.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, mask_BTS[:, None]).view_as(q_BHTD)
 
@@ -131,7 +139,50 @@ def auto_attention(q_BHTD:Tensor, k_BKSD:Tensor, v_BKSD:Tensor, mask_BTS:Tensor=
     q_BKGD = q_BHTD.reshape(*k_BKSD.shape[:2], -1, k_BKSD.shape[-1]) * k_BKSD.shape[-1]**-0.5
     return ((q_BKGD @ k_BKSD.transpose(2, 3) + mask_BTS[:, None]).softmax(-1) @ v_BKSD).view_as(q_BHTD)
 
-ATTENTION = {"auto": auto_attention, "eager": eager_attention, "sdpa": sdpa_attention}
+# %% ../../nbs/11_model.transformer.ipynb #d617bfb0
+def document_starts(
+    position_ids_BT:Tensor,  # of packed rows: 0, 1, 2, ... within each document
+)->Tensor:                   # bool_BT, true at the first token of each document
+    "Where the documents of packed rows begin."
+    first_B1 = torch.ones_like(position_ids_BT[:, :1], dtype=torch.bool)
+    return torch.cat((first_B1, position_ids_BT.diff() != 1), 1)
+
+# %% ../../nbs/11_model.transformer.ipynb #5e853ae5
+def document_mask(
+    position_ids_BT:Tensor,  # of packed rows
+    dtype=torch.float32,     # of the mask
+)->Tensor:                   # mask_BTT, 0 where a token may look, -inf elsewhere
+    "Causal attention within each document."
+    document_BT = document_starts(position_ids_BT).cumsum(1)
+    seen_BTT = (document_BT[:, :, None] == document_BT[:, None]).tril()
+    return torch.where(seen_BTT, 0.0, -torch.inf).to(dtype)
+
+# %% ../../nbs/11_model.transformer.ipynb #36f98107
+def cu_seqlens(
+    position_ids_BT:Tensor,  # of packed rows
+)->Tensor:                   # int32, documents + 1 boundaries in the B x T tokens laid end to end
+    "Boundaries of the documents of all rows, as flash-attn takes them."
+    starts = document_starts(position_ids_BT).flatten().nonzero().flatten()
+    return F.pad(starts, (0, 1), value=position_ids_BT.numel()).int()
+
+# %% ../../nbs/11_model.transformer.ipynb #a0ed4d2b
+def flash_attention(
+    q_BHTD:Tensor,      # queries, bfloat16 or float16
+    k_BKSD:Tensor,      # keys; H is a multiple of K
+    v_BKSD:Tensor,      # values
+    mask:Tensor=None,   # boundaries from `cu_seqlens`, or the mask_BTS of a cache; default causal
+)->Tensor:              # x_BHTD
+    "Attention through flash-attn's kernel for packed documents."
+    if q_BHTD.dtype not in (torch.bfloat16, torch.float16): raise ValueError(
+        f"attention='flash' computes in bfloat16 or float16, not {q_BHTD.dtype}: use precision='bf16' or dtype=torch.bfloat16, or choose 'sdpa'")
+    if mask is not None and mask.dim() > 1: return sdpa_attention(q_BHTD, k_BKSD, v_BKSD, mask)
+    B, _, T, _ = q_BHTD.shape
+    ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q_BHTD.device) if mask is None else mask
+    tokens = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BKSD, v_BKSD))
+    x_NHD = flash_attn_varlen_func(*tokens, ends, ends, T, T, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
+    return x_NHD.unflatten(0, (B, T)).transpose(1, 2)
+
+ATTENTION = {"auto": auto_attention, "eager": eager_attention, "sdpa": sdpa_attention, "flash": flash_attention}
 
 # %% ../../nbs/11_model.transformer.ipynb #2d8dca99
 class Attention(nn.Module):
@@ -143,13 +194,13 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x_BTD:Tensor, rope, mask_BTS=None, update=None)->Tensor:
+    def forward(self, x_BTD:Tensor, rope, mask=None, update=None)->Tensor:
         B, T, _ = x_BTD.shape
         heads = self.qkv_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 1)
         q, k = rotate(q, rope), rotate(k, rope)
         if update: k, v = update(k, v)
-        x_BHTD = self.attend(q, k.to(q.dtype), v.to(q.dtype), mask_BTS)
+        x_BHTD = self.attend(q, k.to(q.dtype), v.to(q.dtype), mask)
         return self.o_proj(x_BHTD.transpose(1, 2).reshape(B, T, -1))
 
 # %% ../../nbs/11_model.transformer.ipynb #8cdc318f
@@ -173,8 +224,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD:Tensor, rope, mask_BTS=None, update=None)->Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask_BTS, update)
+    def forward(self, x_BTD:Tensor, rope, mask=None, update=None)->Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask, update)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 # %% ../../nbs/11_model.transformer.ipynb #ffe9265c
@@ -240,25 +291,33 @@ class Transformer(nn.Module):
     "A decoder-only transformer with the parameter names of `Phi3ForCausalLM` (phi-4 §3)."
     def __init__(self,
         config:ModelConfig,
-        attention:str="auto",  # "eager" (written out), "sdpa" (fused), "auto" (fastest for the device)
+        attention:str="auto",  # "eager" (written out), "sdpa" (fused), "flash" (flash-attn, GPU), "auto" (fastest for the device)
+        activation_checkpointing:bool=False,  # keep each layer's input only and compute the layer again in the backward pass
     ):
         super().__init__()
         if attention not in ATTENTION: raise ValueError(f"attention={attention!r}: choose one of {', '.join(ATTENTION)}")
-        self.config, self.model = config, Trunk(config, attention)
+        if attention == "flash" and flash_attn_varlen_func is None: raise ValueError(
+            "attention='flash' needs flash-attn, which cannot be imported here: pip install phi4_ref[gpu], or choose 'sdpa'")
+        self.config, self.attention, self.activation_checkpointing = config, attention, activation_checkpointing
+        self.model = Trunk(config, attention)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         init_weights(self, config)
 
     def hidden(self,
         input_ids_BT:Tensor,          # int64 token ids
-        position_ids_BT:Tensor=None,  # position of each token; default 0..T-1
+        position_ids_BT:Tensor=None,  # position of each token; default 0..T-1. Positions that start again within a row mask its documents from one another
         cache:KVCache=None,           # written in place; needs position_ids_BT
     )->Tensor:                        # x_BTD after the final norm
         "Everything but the output matrix."
         positions_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None] if position_ids_BT is None else position_ids_BT
         rope = rope_table(positions_BT, self.config.head_dim, self.config.rope_theta)
         x_BTD = self.model.embed_tokens(input_ids_BT)
-        mask_BTS, updates = cache_access(cache, position_ids_BT, x_BTD.dtype) if cache else (None, [None] * len(self.model.layers))
-        for layer, update in zip(self.model.layers, updates): x_BTD = layer(x_BTD, rope, mask_BTS, update)
+        mask, updates = cache_access(cache, position_ids_BT, x_BTD.dtype) if cache else (None, [None] * len(self.model.layers))
+        if position_ids_BT is not None and not cache:
+            mask = cu_seqlens(position_ids_BT.expand_as(input_ids_BT)) if self.attention == "flash" else document_mask(position_ids_BT, x_BTD.dtype)
+        for layer, update in zip(self.model.layers, updates):
+            args = x_BTD, rope, mask, update
+            x_BTD = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if self.activation_checkpointing else layer(*args)
         return self.model.norm(x_BTD)
 
     def forward(self, input_ids_BT:Tensor, position_ids_BT:Tensor=None, cache:KVCache=None)->Tensor:
