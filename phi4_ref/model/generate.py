@@ -113,10 +113,10 @@ def logits_at(
     "Run tokens into a cache; what follows some of them."
     if isinstance(model, Transformer): return model.lm_head(model.hidden(input_ids_BT, positions_BT, cache)[row_N, at_N])
     mask_BTS, updates = cache_access(cache, positions_BT, model.dtype)
-    columns = at_N.unique()
+    columns, column_N = at_N.unique(return_inverse=True)
     logits_BCV = model(input_ids_BT, position_ids=positions_BT, attention_mask=None if mask_BTS is None else mask_BTS[:, None], use_cache=True,
         past_key_values=Cache(layers=[SlotLayer(update) for update in updates]), logits_to_keep=columns).logits
-    return logits_BCV[row_N, torch.searchsorted(columns, at_N)]
+    return logits_BCV[row_N, column_N]
 
 # %% ../../nbs/12_model.generate.ipynb #6ca5f219
 def model_shape(
@@ -213,7 +213,7 @@ class Decoder:
 
     def keep(self, rows:list):
         "Drop every row but these; row i is now what `rows[i]` was."
-        row_N = torch.tensor(rows, device=self.device)
+        row_N = torch.tensor(rows, dtype=torch.long, device=self.device)
         keep_rows(self.cache, row_N)
         self.logits_RV, self.position_R = self.logits_RV[row_N], self.position_R[rows]
 
