@@ -312,8 +312,9 @@ def test_the_cache_is_made_once(model, monkeypatch):
     generate(model, ragged(60), max_total=100, stop_ids=[1, 2, 3], batch_size=16)
     assert made[0] == (16, 100) and not grown, "one cache, in the size of the longest sequence"
     decoder = Decoder(model, 1, 3)
-    decoder.admit([0], [[1, 2, 3]])
-    decoder.step(torch.tensor([4]), [0])
+    with torch.no_grad():
+        decoder.admit([0], [[1, 2, 3]])
+        decoder.step(torch.tensor([4]), [0])
     assert len(grown) == 1, "a sequence that outgrows what was foreseen"
 
 
