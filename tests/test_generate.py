@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import phi4_ref.model.generate as module
-from phi4_ref.model.generate import Decoder, check_model, draw, generate, in_batches, logprobs, nucleus_floor, policy, refill, share_prefixes, uniform
+from phi4_ref.model.generate import Decoder, draw, generate, in_batches, logprobs, nucleus_floor, policy, refill, share_prefixes, uniform
 from phi4_ref.model.transformer import ModelConfig, Transformer, save_pretrained
 
 QUIET = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
@@ -327,5 +327,6 @@ def test_models_without_slots_are_refused():
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval()
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)).eval()
     for other in (bloom, mamba):
-        with pytest.raises(ValueError, match=f"{type(other).__name__} cannot be sampled by this engine"): check_model(other, 16)
+        with pytest.raises(ValueError, match=f"{type(other).__name__} cannot be sampled by this engine"): generate(other, [[1, 2]], max_total=16)
+    with pytest.raises(ValueError, match="states no context length"): generate(bloom, [[1, 2]])
     with pytest.raises(ValueError, match="training mode"): generate(PEERS["llama"]().train(), [[1]], max_new_tokens=1)

@@ -125,10 +125,11 @@ def model_shape(
     "What the engine has to know of a model, under the names of `ModelConfig`."
     if isinstance(model, Transformer): return model.config
     config = model.config.get_text_config()
+    if not hasattr(config, "num_attention_heads"): raise ValueError(f"{type(model).__name__} cannot be sampled by this engine: it has no attention heads; use its own generate")
     heads = config.num_attention_heads
     return SimpleNamespace(num_hidden_layers=config.num_hidden_layers, num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads, vocab_size=model.get_output_embeddings().weight.shape[0],
-        max_position_embeddings=config.max_position_embeddings)
+        max_position_embeddings=getattr(config, "max_position_embeddings", None))
 
 # %% ../../nbs/12_model.generate.ipynb #006ecf39
 @torch.no_grad()
@@ -259,7 +260,9 @@ def total_lengths(
         if not len(prompt): raise ValueError(f"prompt {i} is empty: give at least one token, such as <|endoftext|>")
         if not 0 <= min(prompt) <= max(prompt) < shape.vocab_size: raise ValueError(
             f"prompt {i} has ids {min(prompt)} to {max(prompt)}; the model knows 0 to {shape.vocab_size - 1}")
-    if max_new_tokens is None and max_total is None: max_total = shape.max_position_embeddings
+    if max_new_tokens is None and max_total is None:
+        max_total = shape.max_position_embeddings
+        if max_total is None: raise ValueError(f"{type(model).__name__} states no context length: give max_new_tokens or max_total")
     return [min(len(p) + max_new_tokens if max_new_tokens is not None else max_total, max_total if max_total is not None else 10**9) for p in prompts]
 
 # %% ../../nbs/12_model.generate.ipynb #6229d3a4
