@@ -1,15 +1,16 @@
 """Sampling: equal to transformers and to a plain loop, the same in any batch, and from the distribution it claims."""
-import math, random
+import copy, math, random
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.stats import chisquare, kstest
+import transformers
 from transformers import AutoModelForCausalLM
 
 import phi4_ref.model.generate as module
-from phi4_ref.model.generate import draw, generate, in_batches, logprobs, nucleus_floor, policy, share_prefixes, uniform
+from phi4_ref.model.generate import Decoder, draw, generate, in_batches, logprobs, nucleus_floor, policy, refill, share_prefixes, uniform
 from phi4_ref.model.transformer import ModelConfig, Transformer, save_pretrained
 
 QUIET = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
@@ -33,7 +34,8 @@ def plain(model, prompt, seed, limit, temperature=1.0, top_p=1.0, stop_ids=()):
     "One row, no cache, the policy written out: the specification."
     ids, scores = list(prompt), []
     while len(ids) < limit:
-        logits = model(torch.tensor([ids]))[0, -1].double()
+        out = model(torch.tensor([ids]))
+        logits = getattr(out, "logits", out)[0, -1].double()
         if temperature == 0: probs = torch.zeros_like(logits); probs[logits.argmax()] = 1
         else:
             probs = (logits / temperature).softmax(-1)
@@ -204,7 +206,6 @@ def test_long_scores_are_cut_in_rows(model):
 
 
 def test_bfloat16_weights(model):
-    import copy
     rough = copy.deepcopy(model).bfloat16()
     done = generate(rough, ragged(20), max_new_tokens=10)
     assert all(len(c.ids) == 10 for c in done)
@@ -235,7 +236,97 @@ def test_an_empty_sequence_is_named(model):
 
 
 def test_a_diverged_model_is_named(model):
-    import copy
     broken = copy.deepcopy(model)
     with torch.no_grad(): broken.lm_head.weight[3] = math.nan
     with pytest.raises(ValueError, match="not finite"): generate(broken, [[1, 2]], max_new_tokens=3)
+
+
+SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=128, initializer_range=0.3,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2)
+PEERS = {"llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=2)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, num_key_value_heads=1)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, rotary_pct=0.5)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, num_key_value_heads=2))}
+
+
+@pytest.fixture(scope="module", params=PEERS)
+def peer(request):
+    torch.manual_seed(1)
+    return PEERS[request.param]().eval()
+
+
+@pytest.mark.parametrize("how", [dict(), dict(temperature=0.7, top_p=0.8), dict(temperature=0)])
+def test_any_causal_model_is_sampled_as_by_a_plain_loop(peer, how):
+    prompts = ragged(7, 20) * 2 + [[5] * 30, [7]]
+    expected = [plain(peer, p, i, 30, stop_ids=[5, 6, 7], **how) for i, p in enumerate(prompts)]
+    for batch_size in (1, 6, 256):
+        for (ids, scores), c in zip(expected, generate(peer, prompts, max_total=30, stop_ids=[5, 6, 7], batch_size=batch_size, **how)):
+            assert c.ids == ids and np.allclose(c.logprobs, scores, atol=1e-4)
+
+
+def test_any_causal_model_scores_its_samples(peer):
+    prompts = ragged(9)
+    done = generate(peer, prompts, max_new_tokens=9)
+    for prompt, c, score in zip(prompts, done, logprobs(peer, [p + c.ids for p, c in zip(prompts, done)])):
+        assert score[0] == 0 and np.allclose(score[len(prompt):], c.logprobs, atol=1e-4)
+
+
+@settings(max_examples=25, **QUIET)
+@given(st.data())
+def test_what_shares_the_batch_does_not_matter(model, data):
+    "Prompts that extend each other, in any order, in any batch, with any company: each row is what it is alone."
+    tree = [data.draw(st.lists(st.integers(0, 63), min_size=1, max_size=12)) for _ in range(data.draw(st.integers(1, 4)))]
+    prompts = [root[:data.draw(st.integers(1, len(root)))] for root in tree for _ in range(data.draw(st.integers(1, 5)))]
+    seeds = [data.draw(st.integers(0, 2**64 - 1)) for _ in prompts]
+    how = dict(max_total=data.draw(st.integers(2, 24)), top_p=data.draw(st.sampled_from([1.0, 0.8])), stop_ids=[3, 4, 5, 6])
+    done = generate(model, prompts, seeds=seeds, batch_size=data.draw(st.integers(1, 9)), **how)
+    for prompt, seed, c in zip(prompts, seeds, done):
+        [alone] = generate(model, [prompt], seeds=[seed], **how)
+        assert c.ids == alone.ids and c.finished == alone.finished and np.allclose(c.logprobs, alone.logprobs, atol=1e-4)
+
+
+@settings(max_examples=50, **QUIET)
+@given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_dropping_rows_keeps_the_others(model, live):
+    decoder = Decoder(model, len(live), 4)
+    mark = torch.arange(1.0, len(live) + 1)
+    decoder.cache.k_LBKSD += mark[:, None, None, None]
+    decoder.cache.v_LBKSD -= mark[:, None, None, None]
+    decoder.logits_RV += mark[:, None]
+    decoder.position_R += mark.long().numpy()
+    owner = refill(decoder, [i if alive else None for i, alive in enumerate(live)], [], [])
+    assert sorted(i for i in owner if i is not None) == [i for i, alive in enumerate(live) if alive]
+    assert None not in owner or 8 * owner.count(None) < len(owner) or len(owner) == len(live) and 8 * live.count(False) < len(live)
+    for row, i in enumerate(owner):
+        if i is None: continue
+        assert (decoder.cache.k_LBKSD[:, row] == i + 1).all() and (decoder.cache.v_LBKSD[:, row] == -i - 1).all()
+        assert (decoder.logits_RV[row] == i + 1).all() and decoder.position_R[row] == i + 1
+
+
+def test_the_cache_is_made_once(model, monkeypatch):
+    made, grown = [], []
+    real_cache, real_grow = module.KVCache, module.grow_cache
+    monkeypatch.setattr(module, "KVCache", lambda *a: made.append(a[1:3]) or real_cache(*a))
+    monkeypatch.setattr(module, "grow_cache", lambda *a: grown.append(a) or real_grow(*a))
+    generate(model, ragged(60), max_total=100, stop_ids=[1, 2, 3], batch_size=16)
+    assert made[0] == (16, 100) and not grown, "one cache, in the size of the longest sequence"
+    decoder = Decoder(model, 1, 3)
+    with torch.no_grad():
+        decoder.admit([0], [[1, 2, 3]])
+        decoder.step(torch.tensor([4]), [0])
+    assert len(grown) == 1, "a sequence that outgrows what was foreseen"
+
+
+def test_models_without_slots_are_refused():
+    small = SMALL | dict(num_key_value_heads=2)
+    windowed = transformers.MistralForCausalLM(transformers.MistralConfig(**small, sliding_window=16)).eval()
+    with pytest.raises(ValueError, match="MistralForCausalLM attends to 16 tokens at a time and sequences may have 40"): generate(windowed, [[1, 2]], max_total=40)
+    prompts = ragged(6, 10)
+    for i, (prompt, c) in enumerate(zip(prompts, generate(windowed, prompts, max_total=16))): assert c.ids == plain(windowed, prompt, i, 16)[0]
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)).eval()
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)).eval()
+    for other in (bloom, mamba):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} cannot be sampled by this engine"): generate(other, [[1, 2]], max_total=16)
+    with pytest.raises(ValueError, match="states no context length"): generate(bloom, [[1, 2]])
+    with pytest.raises(ValueError, match="training mode"): generate(PEERS["llama"]().train(), [[1]], max_new_tokens=1)
