@@ -260,14 +260,14 @@ def grow_cache(cache:KVCache, length:int):
     cache.k_LBKSD, cache.v_LBKSD = F.pad(cache.k_LBKSD, more), F.pad(cache.v_LBKSD, more)
 
 def copy_rows(cache:KVCache, rows:Tensor, source:KVCache, source_rows:Tensor):
-    "Write rows of another cache, repeats allowed, over rows of this one."
-    S = cache_length(source)
-    cache.k_LBKSD[:, rows, :, :S] = source.k_LBKSD[:, source_rows]
-    cache.v_LBKSD[:, rows, :, :S] = source.v_LBKSD[:, source_rows]
+    "Write rows of another cache, repeats allowed, over rows of this one; a layer at a time."
+    for to, new in zip((*cache.k_LBKSD, *cache.v_LBKSD), (*source.k_LBKSD, *source.v_LBKSD)): to[rows, :, :new.shape[2]] = new[source_rows]
 
 def keep_rows(cache:KVCache, rows:Tensor):
-    "Drop every row but these."
-    cache.k_LBKSD, cache.v_LBKSD = cache.k_LBKSD[:, rows], cache.v_LBKSD[:, rows]
+    "Drop every row but these, in place: only rows that change their place are copied."
+    moved = torch.nonzero(rows != torch.arange(len(rows), device=rows.device))[:, 0]
+    copy_rows(cache, moved, cache, rows[moved])
+    cache.k_LBKSD, cache.v_LBKSD = cache.k_LBKSD[:, :len(rows)], cache.v_LBKSD[:, :len(rows)]
 
 # %% ../../nbs/11_model.transformer.ipynb #dd3b4aee
 class Trunk(nn.Module):
@@ -330,10 +330,12 @@ def cache_access(cache:KVCache, position_ids_BT:Tensor, dtype)->tuple[Tensor, li
     if position_ids_BT is None: raise ValueError("a cache needs position_ids_BT, the slots that these tokens write")
     used = int(position_ids_BT.max()) + 1
     if used > cache_length(cache): raise ValueError(f"position {used - 1} is beyond the cache's {cache_length(cache)} slots: grow_cache first")
+    def update(layer): return lambda k, v: cache.update(layer, k, v, position_ids_BT, used)
+    updates = [update(layer) for layer in range(len(cache.k_LBKSD))]
+    if 1 < used == position_ids_BT.shape[1]: return None, updates  # whole prompts: causal, no mask needed
     seen_BTS = torch.arange(used, device=position_ids_BT.device) <= position_ids_BT[..., None]
     mask_BTS = torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device).masked_fill(~seen_BTS, -torch.inf)
-    def update(layer): return lambda k, v: cache.update(layer, k, v, position_ids_BT, used)
-    return mask_BTS, [update(layer) for layer in range(len(cache.k_LBKSD))]
+    return mask_BTS, updates
 
 # %% ../../nbs/11_model.transformer.ipynb #7b093971
 def count_parameters(model:nn.Module)->int:
