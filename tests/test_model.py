@@ -116,7 +116,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     old = build(0)
     save_pretrained(old, tmp_path / "m")
     def full(*a, **k): raise OSError("No space left on device")
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_torch_state_dict", full)
     with pytest.raises(OSError): save_pretrained(build(1), tmp_path / "m")
     assert torch.equal(from_pretrained(tmp_path / "m").lm_head.weight, old.lm_head.weight)
 
@@ -149,13 +149,17 @@ FAULTS = {"truncated weights": (lambda p: cut(p / "model.safetensors"), "model.s
     "truncated config": (lambda p: cut(p / "config.json"), "config.json is not JSON"),
     "missing tensor": (edit(num_hidden_layers=3), "lacks 6 tensors, the first model.layers.2.input_layernorm.weight"),
     "unknown tensor": (edit(num_hidden_layers=1), "6 tensors without a place in this network, the first model.layers.1"),
-    "wrong shape": (edit(intermediate_size=16), r"down_proj.weight has shape \(32, 48\), config.json gives \(32, 16\)"),
-    "other model": (edit(model_type="llama"), "model_type is 'llama'"),
+    "wrong shape": (edit(intermediate_size=16), r"layers.0.mlp.gate_up_proj.weight has shape \(96, 32\), config.json gives \(32, 32\)"),
+    "other model": (edit(model_type="qwen2"), "model_type is 'qwen2'"),
+    "not a Llama": (edit(model_type="llama"), "lacks 10 tensors, the first model.layers.0.mlp.gate_proj.weight"),
+    "biases": (edit(attention_bias=True), "attention_bias is True"),
+    "biases in the MLP": (edit(mlp_bias=True), "mlp_bias is True"),
+    "wide heads": (edit(head_dim=16), "head_dim is 16"),
     "sliding window": (edit(sliding_window=100), "sliding_window is 100"),
     "scaled rope": (edit(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope_type is 'longrope'"),
     "old scaled rope": (edit(rope_parameters=None, rope_scaling={"type": "yarn"}), "rope_type is 'yarn'"),
     "partial rope": (edit(rope_parameters=None, partial_rotary_factor=0.75), "partial_rotary_factor is 0.75"),
-    "tied": (edit(tie_word_embeddings=True), "tie_word_embeddings is True")}
+    "tied": (edit(tie_word_embeddings=True), "says tie_word_embeddings, but lm_head.weight is not the embedding")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
