@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Phi3ForCausalLM
 
-from phi4_ref.model.transformer import (PHI4_14B, KVCache, ModelConfig, Transformer, blocked_attention, count_parameters, eager_attention,
-    flops_per_token, from_hf_config, from_pretrained, grow_cache, save_pretrained, to_hf_config)
+from phi4_ref.model.pretrained import from_hf_config, from_pretrained, save_pretrained, to_hf_config
+from phi4_ref.model.transformer import (PHI4_14B, KVCache, ModelConfig, Transformer,
+    blocked_attention, count_parameters, eager_attention, flops_per_token, grow_cache)
 
 TINY = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
     max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=3)
@@ -112,7 +113,7 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    import phi4_ref.model.transformer as module
+    import phi4_ref.model.pretrained as module
     old = build(0)
     save_pretrained(old, tmp_path / "m")
     def full(*a, **k): raise OSError("No space left on device")
@@ -126,7 +127,7 @@ def test_a_name_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     snapshot.parent.mkdir(parents=True); (tmp_path / "models--org--name/refs").mkdir()
     (tmp_path / "models--org--name/refs/main").write_text("0" * 40)
     save_pretrained(build(), snapshot)
-    import huggingface_hub.constants as constants, phi4_ref.model.transformer as module
+    import huggingface_hub.constants as constants, phi4_ref.model.pretrained as module
     from functools import partial
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(module, "snapshot_download", partial(module.snapshot_download, cache_dir=tmp_path, local_files_only=True))

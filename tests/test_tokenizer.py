@@ -98,7 +98,8 @@ def test_user_errors_are_named(tokenizer):
 
 
 def test_transformers_loads_it_alone_and_beside_a_model(tokenizer, tmp_path):
-    from phi4_ref.model.transformer import ModelConfig, Transformer, save_pretrained
+    from phi4_ref.model.pretrained import save_pretrained
+    from phi4_ref.model.transformer import ModelConfig, Transformer
     tokenizer.save_pretrained(tmp_path / "alone")
     model = Transformer(ModelConfig(420, 16, 1, 2, 1, 16, 32))
     save_pretrained(model, tmp_path / "beside", tokenizer)

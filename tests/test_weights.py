@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from phi4_ref.model.transformer import PHI4_14B, Transformer, count_parameters, from_hf_config, from_pretrained, save_pretrained, smollm2, to_hf_config
+from phi4_ref.model.pretrained import from_hf_config, from_pretrained, save_pretrained, smollm2, to_hf_config
+from phi4_ref.model.transformer import PHI4_14B, Transformer, count_parameters
 from published import smollm2_gguf
 
 disable_progress_bar()
@@ -193,7 +194,8 @@ def test_saving_holds_no_second_copy(tmp_path):
     "The peak of a save in shards stays below half of the weights; a child process, because memory is never given back."
     code = """if True:
         import resource, sys, torch
-        from phi4_ref.model.transformer import ModelConfig, Transformer, save_pretrained
+        from phi4_ref.model.pretrained import save_pretrained
+        from phi4_ref.model.transformer import ModelConfig, Transformer
         model = Transformer(ModelConfig(1024, 1024, 16, 8, 8, 4096, 128))
         size = sum(w.nbytes for w in model.parameters())
         save_pretrained(Transformer(ModelConfig(64, 16, 1, 2, 2, 16, 128)), sys.argv[1] + "/warm", max_shard_size="1KB")
@@ -274,7 +276,7 @@ def test_smollm2_from_a_wheel_is_converted_once(gguf, directory, tmp_path, monke
 
 
 def test_smollm2_says_where_it_can_be_had(tmp_path, monkeypatch):
-    import phi4_ref.model.transformer as module
+    import phi4_ref.model.pretrained as module
     from functools import partial
     monkeypatch.delenv("PHI4_REF_SMOLLM2", raising=False)
     monkeypatch.setattr(module, "snapshot_download", partial(module.snapshot_download, cache_dir=tmp_path, local_files_only=True))
