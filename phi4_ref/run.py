@@ -143,7 +143,7 @@ def open_checkpoint(
     "A trained model with its tokenizer. ValueError names what cannot be read."
     from transformers import AutoTokenizer
 
-    from phi4_ref.model.transformer import from_pretrained
+    from phi4_ref.model.pretrained import from_pretrained
     model = from_pretrained(folder)
     try: return model, AutoTokenizer.from_pretrained(folder)
     except Exception as error: raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): make its stage again") from error

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import phi4_ref.model.generate as module
 from phi4_ref.model.generate import Decoder, draw, generate, in_batches, logprobs, nucleus_floor, policy, refill, share_prefixes, uniform
-from phi4_ref.model.transformer import ModelConfig, Transformer, save_pretrained
+from phi4_ref.model.pretrained import save_pretrained
+from phi4_ref.model.transformer import ModelConfig, Transformer
 
 QUIET = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 CONFIG = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,

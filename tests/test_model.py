@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Phi3ForCausalLM
 
-from phi4_ref.model.transformer import (PHI4_14B, KVCache, ModelConfig, Transformer, blocked_attention, count_parameters, eager_attention,
-    flops_per_token, from_hf_config, from_pretrained, grow_cache, save_pretrained, to_hf_config)
+from phi4_ref.model.pretrained import from_hf_config, from_pretrained, save_pretrained, to_hf_config
+from phi4_ref.model.transformer import (PHI4_14B, KVCache, ModelConfig, Transformer,
+    blocked_attention, count_parameters, eager_attention, flops_per_token, grow_cache)
 
 TINY = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
     max_position_embeddings=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=3)
@@ -112,11 +113,11 @@ def test_saving_replaces_a_checkpoint_and_nothing_else(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    import phi4_ref.model.transformer as module
+    import phi4_ref.model.pretrained as module
     old = build(0)
     save_pretrained(old, tmp_path / "m")
     def full(*a, **k): raise OSError("No space left on device")
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_torch_state_dict", full)
     with pytest.raises(OSError): save_pretrained(build(1), tmp_path / "m")
     assert torch.equal(from_pretrained(tmp_path / "m").lm_head.weight, old.lm_head.weight)
 
@@ -126,7 +127,7 @@ def test_a_name_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
     snapshot.parent.mkdir(parents=True); (tmp_path / "models--org--name/refs").mkdir()
     (tmp_path / "models--org--name/refs/main").write_text("0" * 40)
     save_pretrained(build(), snapshot)
-    import huggingface_hub.constants as constants, phi4_ref.model.transformer as module
+    import huggingface_hub.constants as constants, phi4_ref.model.pretrained as module
     from functools import partial
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(module, "snapshot_download", partial(module.snapshot_download, cache_dir=tmp_path, local_files_only=True))
@@ -149,13 +150,17 @@ FAULTS = {"truncated weights": (lambda p: cut(p / "model.safetensors"), "model.s
     "truncated config": (lambda p: cut(p / "config.json"), "config.json is not JSON"),
     "missing tensor": (edit(num_hidden_layers=3), "lacks 6 tensors, the first model.layers.2.input_layernorm.weight"),
     "unknown tensor": (edit(num_hidden_layers=1), "6 tensors without a place in this network, the first model.layers.1"),
-    "wrong shape": (edit(intermediate_size=16), r"down_proj.weight has shape \(32, 48\), config.json gives \(32, 16\)"),
-    "other model": (edit(model_type="llama"), "model_type is 'llama'"),
+    "wrong shape": (edit(intermediate_size=16), r"layers.0.mlp.gate_up_proj.weight has shape \(96, 32\), config.json gives \(32, 32\)"),
+    "other model": (edit(model_type="qwen2"), "model_type is 'qwen2'"),
+    "not a Llama": (edit(model_type="llama"), "lacks 10 tensors, the first model.layers.0.mlp.gate_proj.weight"),
+    "biases": (edit(attention_bias=True), "attention_bias is True"),
+    "biases in the MLP": (edit(mlp_bias=True), "mlp_bias is True"),
+    "wide heads": (edit(head_dim=16), "head_dim is 16"),
     "sliding window": (edit(sliding_window=100), "sliding_window is 100"),
     "scaled rope": (edit(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope_type is 'longrope'"),
     "old scaled rope": (edit(rope_parameters=None, rope_scaling={"type": "yarn"}), "rope_type is 'yarn'"),
     "partial rope": (edit(rope_parameters=None, partial_rotary_factor=0.75), "partial_rotary_factor is 0.75"),
-    "tied": (edit(tie_word_embeddings=True), "tie_word_embeddings is True")}
+    "tied": (edit(tie_word_embeddings=True), "says tie_word_embeddings, but lm_head.weight is not the embedding")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

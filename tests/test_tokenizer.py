@@ -1,11 +1,13 @@
 """The tokenizer: ids of phi-4's special tokens, no forged turns, the same from run to run and through transformers."""
-import os, subprocess, sys
+import gzip, json, os, subprocess, sys, tarfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from transformers import AutoTokenizer
 
-from phi4_ref.model.tokenizer import NAMED, chat_example, chat_ids, special_tokens, text_ids, train_tokenizer
+from phi4_ref.model.tokenizer import NAMED, chat_example, chat_ids, phi4_tokenizer, read_ranks, special_tokens, text_ids, train_tokenizer
+from published import cl100k_ranks
 
 TEXTS = ["Ann has 123 apples. Ann eats 12 apples.", "system user assistant", "The answer is 111.\n\ndef f(x):\n    return x + 1\n", "naïve façade 漢字"]
 MESSAGES = [dict(role="system", content="Be brief."), dict(role="user", content="Ann has 12 apples?"),
@@ -96,7 +98,8 @@ def test_user_errors_are_named(tokenizer):
 
 
 def test_transformers_loads_it_alone_and_beside_a_model(tokenizer, tmp_path):
-    from phi4_ref.model.transformer import ModelConfig, Transformer, save_pretrained
+    from phi4_ref.model.pretrained import save_pretrained
+    from phi4_ref.model.transformer import ModelConfig, Transformer
     tokenizer.save_pretrained(tmp_path / "alone")
     model = Transformer(ModelConfig(420, 16, 1, 2, 1, 16, 32))
     save_pretrained(model, tmp_path / "beside", tokenizer)
@@ -119,3 +122,76 @@ def test_training_is_deterministic():
         env = {**os.environ, "PYTHONHASHSEED": seed, "TOKENIZERS_PARALLELISM": parallel}
         return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert run("1", "true") == run("2", "false")
+
+
+# The published vocabulary, against tiktoken on the same file of ranks
+
+@pytest.fixture(scope="module")
+def phi4(): return phi4_tokenizer(cl100k_ranks())
+
+
+@pytest.fixture(scope="module")
+def cl100k():
+    import tiktoken
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_ranks().parent))  # the name in the wheel is the one tiktoken looks for
+        return tiktoken.get_encoding("cl100k_base")
+
+
+@pytest.fixture(scope="module")
+def real_texts():
+    "MGSM in eleven languages, Exercism's and TheAlgorithms' Python."
+    if "PHI4_REF_DATA" not in os.environ: pytest.skip("PHI4_REF_DATA names no folder of real data")
+    data = Path(os.environ["PHI4_REF_DATA"])
+    texts = {file.stem: file.read_text(encoding="utf-8").splitlines() for file in sorted((data/"mgsm").glob("*.tsv"))}
+    with gzip.open(data/"code_with_tests/exercism_python_practice.jsonl.gz", "rt", encoding="utf-8") as lines:
+        texts["exercism"] = [value for line in lines for value in json.loads(line).values() if isinstance(value, str)]
+    with tarfile.open(data/"code_with_tests/thealgorithms_python.tar.xz") as tar:
+        texts["thealgorithms"] = [tar.extractfile(m).read().decode() for m in tar if m.isfile() and m.name.endswith(".py")]
+    return texts
+
+
+def test_ids_are_those_of_tiktoken_on_real_text(phi4, cl100k, real_texts):
+    assert len(real_texts) == 13 and all(len(texts) >= 100 for texts in real_texts.values())
+    for source, texts in real_texts.items():
+        for text, expected in zip(texts, cl100k.encode_ordinary_batch(texts, num_threads=1)):
+            assert text_ids(phi4, text) == expected, (source, text[:100])
+            assert phi4.decode(expected) == text
+
+
+ODD = st.sampled_from([" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "0", "12345", "'s", "'LL", "don't", "a", "aaaa", "é", "e\u0301", "ß", "İ", "漢字", "ไทย", "मराठी",
+    "👩‍👩‍👧", "\u200d", "\x00", "\ufffd", "...", "):", "==", "#include", "    return", "<|im_end|>", "<|endoftext|>", "Ġ", "½", "Ⅻ", "٣"])
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(ODD | st.text(st.characters(max_codepoint=0x2FF, exclude_categories=["Cs"]), max_size=6), max_size=12).map("".join))
+def test_ids_are_those_of_tiktoken_on_odd_text(phi4, cl100k, text): assert text_ids(phi4, text) == cl100k.encode_ordinary(text)
+
+
+def test_the_published_tokenizer_is_whole(phi4, cl100k):
+    assert len(phi4) == 100_352 and sorted(phi4.get_vocab().values()) == list(range(100_352))
+    assert (phi4.bos_token_id, phi4.eos_token_id, phi4.pad_token_id) == (100_257, 100_265, 100_349)
+    assert phi4.convert_tokens_to_ids(special_tokens(100_352)) == list(range(100_256, 100_352))
+    for name in ("<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|endofprompt|>"):  # cl100k's own five
+        assert phi4.encode(name) == [cl100k.encode_single_token(name)]
+    letters = [phi4.decode([i]) for i in range(1000)]
+    assert letters == [cl100k.decode([i]) for i in range(1000)]
+
+
+def test_the_published_tokenizer_is_saved_and_speaks_chatml(phi4, tmp_path):
+    phi4.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = again.apply_chat_template(MESSAGES[1:2], add_generation_prompt=True, tokenize=False)
+    assert text == "<|im_start|>user<|im_sep|>Ann has 12 apples?<|im_end|><|im_start|>assistant<|im_sep|>"
+    for tokenizer in (phi4, again):
+        assert chat_ids(tokenizer, MESSAGES) == tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+        batch = tokenizer(["x", "three more words"], padding=True)
+        assert batch["input_ids"][0] == [87, 100_349, 100_349] and batch["attention_mask"][0] == [1, 0, 0]
+        assert text_ids(tokenizer, "<|im_end|> 1234") == text_ids(phi4, "<|im_end|> 1234") and max(text_ids(tokenizer, "<|im_end|>")) < 100_256
+
+
+def test_a_wrong_file_of_ranks_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no file .*nowhere.*published at https://.*wheel"): phi4_tokenizer(tmp_path/"nowhere")
+    whole = cl100k_ranks().read_bytes()
+    assert len(read_ranks(cl100k_ranks())) == 100_256
+    (tmp_path/"cut").write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match="cut is not cl100k_base .sha256"): phi4_tokenizer(tmp_path/"cut")

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from phi4_ref.model.tokenizer import train_tokenizer
-from phi4_ref.model.transformer import ModelConfig, Transformer, from_pretrained
+from phi4_ref.model.pretrained import from_pretrained
+from phi4_ref.model.transformer import ModelConfig, Transformer
 from phi4_ref.train.data import (MixtureBatches, SFTBatches, StreamRows, WholeRows, apportion, best_fit, encode_documents, epoch_order,
                                  interleave, load_stores, make_store, recall_mixture, save_stores, tokenize_documents)
 from phi4_ref.train.loop import TrainSettings, lm_loss, lr_at, make_optimizer, plain_lm_loss, process_share, train

@@ -9,7 +9,8 @@ __all__ = ['raise_rope', 'long_data', 'midtrain']
 from dataclasses import replace
 from pathlib import Path
 
-from ..model.transformer import Transformer, from_pretrained
+from ..model.pretrained import from_pretrained
+from ..model.transformer import Transformer
 from .data import MixtureBatches, TokenStore, long_store, recall_mixture, tokenize_documents
 from .loop import TrainSettings, train
 from .pretrain import finish_stage

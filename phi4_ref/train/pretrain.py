@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..model.transformer import ModelConfig, Transformer, save_pretrained
+from ..model.pretrained import save_pretrained
+from ..model.transformer import ModelConfig, Transformer
 from .data import MixtureBatches, tokenize_documents
 from .loop import TrainSettings, train
 

@@ -9,7 +9,7 @@ __all__ = ['best_of_n', 'sft']
 from pathlib import Path
 
 from ..model.tokenizer import chat_example
-from ..model.transformer import from_pretrained
+from ..model.pretrained import from_pretrained
 from .data import SFTBatches
 from .loop import TrainSettings, train
 from .pretrain import finish_stage

@@ -13,7 +13,8 @@ import torch, transformers
 from transformers import AutoModelForCausalLM
 
 from phi4_ref.model.generate import generate
-from phi4_ref.model.transformer import ModelConfig, Transformer, save_pretrained
+from phi4_ref.model.pretrained import save_pretrained
+from phi4_ref.model.transformer import ModelConfig, Transformer
 
 STOPS, PAD, TOTAL, BATCH = list(range(25)), 1535, 160, 256
 
