@@ -78,3 +78,20 @@ def test_configurations_are_accelerates():
         config, settings = load_config_from_file(str(SHIPPED/f'{name}.yaml')), yaml.safe_load((SHIPPED/f'{name}.yaml').read_text())
         assert config.mixed_precision == 'no' and config.num_processes == 8
         assert settings.get('fsdp_config', {}).get('fsdp_version', 2) == 2
+
+def test_the_command_under_accelerate(tiny_run, tmp_path):
+    "A stage that trains is shared; one that does not says that it belongs to one process."
+    from phi4_ref.model.transformer import from_pretrained
+    from test_run import begun
+    folder = begun(tiny_run, tmp_path/'run', 'curate')
+    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', TOKENIZERS_PARALLELISM='false')
+    command = lambda verb: subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/'fsdp2.yaml'), '--num_processes', '2',
+                                           '-m', 'phi4_ref.cli', verb, str(folder)], env=env, capture_output=True, text=True)
+    done = command('synth')
+    assert done.returncode and 'stage synth belongs to one process: run `phi4 synth`' in done.stderr
+    folder = begun(tiny_run, tmp_path/'run2', 'synth')
+    done = command('pretrain')
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = (from_pretrained(path/'pretrain').state_dict() for path in (folder, tiny_run))
+    assert (folder/'pretrain'/'manifest.json').exists() and done.stdout.count('[1/1] pretrain') == 2  # begun and done, from one process
+    assert all(torch.allclose(v, two[k], atol=5e-2) for k, v in one.items())

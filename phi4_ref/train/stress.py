@@ -26,6 +26,7 @@ def count_spikes(
     before = np.lib.stride_tricks.sliding_window_view(losses, window)[:-1] if len(losses) > window else np.zeros((0, window))
     return int((np.array(losses[window:]) > before.mean(1) + sigma * before.std(1, ddof=1)).sum())
 
+# %% ../../nbs/45_train.stress.ipynb #11295e8d
 def verdict(
     losses:list,  # of all steps that were made
     steps:int,    # that were to be made
@@ -42,6 +43,7 @@ class First:
     def __len__(self): return self.steps
     def batch(self, step:int)->dict: return self.batches.batch(step)
 
+# %% ../../nbs/45_train.stress.ipynb #ea1b5ccf
 def stress_one(
     make_model,              # () -> a model with its first weights
     batches,                 # all of them are read
@@ -91,6 +93,7 @@ def stress_table(rows:list)->str:
     for warmup in sorted({row['warmup'] for row in rows}): lines.append(f'| {warmup} | ' + ' | '.join(cells.get((warmup, rate), '') for rate in rates) + ' |')
     return '\n'.join(lines)
 
+# %% ../../nbs/45_train.stress.ipynb #2dfb76a2
 def safe_lr(
     rows:list,    # of `stress`
     warmup:int,   # steps
@@ -100,6 +103,7 @@ def safe_lr(
     stable = next((i for i, (_, ok) in enumerate(at) if not ok), len(at))
     return at[stable - 2][0] if stable >= 2 else None
 
+# %% ../../nbs/45_train.stress.ipynb #7ae99463
 def stress_picture(rows:list):
     "Loss curves, a panel for each warm-up."
     warmups = sorted({row['warmup'] for row in rows})
