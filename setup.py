@@ -14,7 +14,7 @@ setup(
     long_description_content_type='text/markdown', keywords=cfg['keywords'], author=cfg['author'],
     author_email=cfg['author_email'], url=cfg['git_url'],
     packages=find_packages(include=['phi4_ref*']), include_package_data=True,
-    package_data={'phi4_ref': ['configs/*.yaml']},
+    package_data={'phi4_ref': ['configs/*.yaml', 'configs/accelerate/*.yaml']},
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
     extras_require={
         'dev': cfg['dev_requirements'].split(), 'gpu': ['flash-attn'], 'pdf': ['pypdfium2'],

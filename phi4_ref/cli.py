@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'app', 'Target', 'Changes', 'Force', 'VERBS_HELP', 'keep_memory', 'find_config', 'report_mistakes',
-           'add_verb', 'reply', 'chat', 'main']
+           'add_verb', 'stress', 'reply', 'chat', 'main']
 
 # %% ../nbs/71_cli.ipynb #2355abff
 import os
@@ -86,6 +86,19 @@ VERBS_HELP = {
 }
 for verb, line in VERBS_HELP.items(): add_verb(verb, line)
 
+# %% ../nbs/71_cli.ipynb #0af2af05
+@app.command()
+def stress(
+    target:Target, changes:Changes=None,
+    steps:Annotated[int, typer.Option(min=2, help="Steps of each training.")]=100,
+):
+    "Which peak learning rates and warm-ups pretraining survives (section 3); needs the run's documents (collect, curate, synth)."
+    keep_memory()
+    def work():
+        from phi4_ref.run import stress as stress_run
+        stress_run(find_config(target, changes or []), steps)
+    report_mistakes(work)
+
 # %% ../nbs/71_cli.ipynb #232a9cec
 def reply(
     model, tokenizer,     # from `open_checkpoint`
@@ -132,3 +145,5 @@ def _read_line():
 def main():
     "Entry point of the `phi4` command."
     app()
+
+if __name__ == "__main__" and "__file__" in globals(): main()  # python -m phi4_ref.cli, for `accelerate launch`

@@ -127,6 +127,8 @@ class Training(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     grad_clip: Positive = 1.0
     save_every: PositiveInt = 200     # steps between checkpoints
+    skip_sigma: Positive | None = None  # skip the update of a step this many deviations above the last ones; None: never
+    tracker: str = "auto"             # where the log also goes: tensorboard, wandb, ... or none; auto: tensorboard if installed
 
     @model_validator(mode="after")
     def _enough(self):
@@ -143,6 +145,7 @@ class Training(Section):
 class Pretrain(Training):
     "Pretraining (phi-4 §3, Table 5)."
     fractions: dict[Literal["web", "web_rewrite", "synthetic", "code", "acquired"], Fraction]  # of the token budget
+    validation_rows: Count = 0    # sequences of each source kept out of training, their loss logged with every checkpoint
     tokenizer: str | None = None  # a tokenizer directory; None trains one on the documents
     max_chars: PositiveInt | None = None  # longer documents wait for midtraining, whose long data is newly curated (phi-4 §3.3)
 

@@ -4,19 +4,24 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import phi4_ref.train.checkpoint as checkpoint
 import phi4_ref.train.loop as loop
 from phi4_ref.model.transformer import ModelConfig, Transformer
-from phi4_ref.train.data import MixtureBatches, SFTBatches, make_store
-from phi4_ref.train.loop import TrainSettings, train
+from phi4_ref.post.dpo import PairBatches, preference_loss
+from phi4_ref.train.data import MixtureBatches, SFTBatches, make_store, recall_mixture
+from phi4_ref.train.loop import TrainSettings, lm_loss, train
+from phi4_ref.train.midtrain import raise_rope
 
 STEPS, SAVE_EVERY = 12, 3
-SETTINGS = TrainSettings(lr=1e-2, micro_batch_size=2, seed=3)
+SETTINGS = TrainSettings(lr=1e-2, micro_batch_size=2, seed=3, skip_sigma=1.5)
+loop.WINDOW = 4  # so that steps are skipped in a run of twelve
 
 class Noisy(Transformer):
     "A model that draws random numbers in training, so that a lost generator state shows."
@@ -34,12 +39,26 @@ def mixture():
     stores = dict(a=make_store([rng.integers(0, 64, 16 * 90)], 64), b=make_store([rng.integers(0, 64, 16 * 5)], 64))
     return MixtureBatches(stores, dict(a=.5, b=.5), context=16, batch_size=6, steps=STEPS, seed=0)
 
+def long():
+    "Midtraining's batches: a source of whole long documents, padded, read several times over, beside the recalled one."
+    rng = np.random.default_rng(2)
+    stores = dict(a=make_store([rng.integers(0, 64, 16 * 90)], 64), long=make_store([rng.integers(0, 64, n) for n in rng.integers(9, 16, 7)], 64))
+    return MixtureBatches(stores, recall_mixture(dict(a=1.)), context=16, batch_size=6, steps=STEPS, seed=0, whole=('long',))
+
+def pairs(kind):
+    "12 steps of 6 of 9 preference pairs: one token each, or whole answers."
+    rng = np.random.default_rng(3)
+    ids = lambda n: rng.integers(0, 64, n).tolist()
+    rows = [dict(prompt_ids=ids(rng.integers(3, 12)), chosen_ids=ids(1 if kind == 'token' else 4), rejected_ids=ids(1 if kind == 'token' else 3)) for _ in range(9)]
+    return PairBatches(rows, rng.normal(0, 1, 9).tolist(), 6, epochs=STEPS * 6 / 9, seed=0, kind=kind)
+
 def chats():
     rng = np.random.default_rng(1)
     examples = [(rng.integers(0, 64, n).tolist(), [0] * 3 + [1] * (n - 3)) for n in rng.integers(4, 16, 11).tolist()]
     return SFTBatches(examples, 16, 6, epochs=STEPS * 6 / 11, seed=0)
 
-BATCHES = dict(mixture=mixture, chats=chats)
+BATCHES = dict(mixture=mixture, long=long, chats=chats, token=lambda: pairs('token'), full=lambda: pairs('full'))
+LOSSES = dict(token=lambda: preference_loss(.1, model(seed=1), kl_weight=1.), full=lambda: preference_loss(.1))
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
@@ -53,10 +72,13 @@ class Deadly:
             if self.asked == (2 if step in (0, len(self) - 1) else 1): die()
         return self.batches.batch(step)
 
-def run(out, batches, **kw):
+def run(out, batches, kind='mixture'):
     m = model()
-    rows = train(m, batches, SETTINGS, out, save_every=SAVE_EVERY, **kw)
-    torch.save([m.state_dict(), [r['loss'] for r in rows], [r['step'] for r in rows]], Path(out)/'result.pt')
+    if kind == 'long': raise_rope(m, 40_000, 64)
+    validation = dict(a=batches.batch(0)) if kind == 'mixture' else None
+    rows = train(m, batches, SETTINGS, out, loss=LOSSES.get(kind, lambda: lm_loss)(), validation=validation, save_every=SAVE_EVERY)
+    row_values = [[r[k] for k in sorted(r) if 'second' not in k and k != 'tokens_per_s'] for r in rows]
+    torch.save([m.state_dict(), row_values, [r['step'] for r in rows], sum(r['skipped'] for r in rows)], Path(out)/'result.pt')
 
 def forked(f, *args, wait=None, **kw):
     "Run in a child; returns the signal that ended it, 0 for a clean end. Killed after `wait` seconds if given."
@@ -71,28 +93,31 @@ def forked(f, *args, wait=None, **kw):
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 def same(a, b):
-    (wa, la, sa), (wb, lb, sb) = (torch.load(Path(p)/'result.pt', weights_only=True) for p in (a, b))
-    return all(torch.equal(wa[k], wb[k]) for k in wa) and la == lb and sa == sb == list(range(1, STEPS + 1))
+    (wa, la, sa, skipped), (wb, lb, sb, _) = (torch.load(Path(p)/'result.pt', weights_only=True) for p in (a, b))
+    print(skipped, 'steps skipped')
+    return (skipped or 'token' in str(a) or 'full' in str(a)) and all(torch.equal(wa[k], wb[k]) for k in wa) and la == lb and sa == sb == list(range(1, STEPS + 1))
 
 def unbroken(tmp, kind):
-    if not (tmp/f'whole_{kind}'/'result.pt').exists(): assert forked(run, tmp/f'whole_{kind}', BATCHES[kind]()) == 0
+    if not (tmp/f'whole_{kind}'/'result.pt').exists(): assert forked(run, tmp/f'whole_{kind}', BATCHES[kind](), kind) == 0
     return tmp/f'whole_{kind}'
 
 def killed_at(tmp, kind, *steps):
     "Killed as each of these steps begins, one after the other, then finished."
     out = tmp/f'killed_{kind}_{"_".join(map(str, steps))}'
-    for step in steps: assert forked(run, out, Deadly(BATCHES[kind](), step)) == signal.SIGKILL, step
-    assert forked(run, out, BATCHES[kind]()) == 0
+    for step in steps: assert forked(run, out, Deadly(BATCHES[kind](), step), kind) == signal.SIGKILL, step
+    assert forked(run, out, BATCHES[kind](), kind) == 0
     return same(out, unbroken(tmp, kind))
 
 def killed_while_saving(tmp):
-    "Dies with half of the optimiser written, in the second checkpoint."
-    out, real = tmp/'saving', torch.save
-    def half(state, path):
-        real(state, path)
-        if '0006' in str(path):
-            data = Path(path).read_bytes(); Path(path).write_bytes(data[:len(data) // 2]); die()
-    def child(): loop.torch.save = half; run(out, mixture())
+    "Dies in the background with half of the second checkpoint written, while the next step is computed."
+    out, real = tmp/'saving', checkpoint.dcp.save
+    def half(copies, checkpoint_id, **kw):
+        real(copies, checkpoint_id=checkpoint_id, **kw)
+        if '0006' in str(checkpoint_id):
+            assert threading.current_thread() is not threading.main_thread()
+            file = Path(checkpoint_id)/'__0_0.distcp'
+            data = file.read_bytes(); file.write_bytes(data[:len(data) // 2]); die()
+    def child(): checkpoint.dcp.save = half; run(out, mixture())
     assert forked(child) == signal.SIGKILL
     assert sorted(p.name for p in (out/'checkpoints').iterdir()) == ['step_00000003', 'tmp_step_00000006']
     assert forked(run, out, mixture()) == 0
@@ -102,8 +127,9 @@ def killed_while_saving(tmp):
 def truncated(tmp, name):
     "The newest checkpoint loses the end of a file; the one before it is used."
     out = tmp/f'truncated_{name}'
-    assert forked(run, out, Deadly(mixture(), 10)) == signal.SIGKILL
-    file = out/'checkpoints'/'step_00000009'/name
+    assert forked(run, out, mixture()) == 0
+    (out/'result.pt').unlink()
+    file = out/'checkpoints'/f'step_{STEPS:08}'/name
     file.write_bytes(file.read_bytes()[:-100])
     assert forked(run, out, mixture()) == 0
     return same(out, unbroken(tmp, 'mixture'))
@@ -116,34 +142,6 @@ def killed_anytime(tmp):
     for _ in range(8): forked(run, out, mixture(), wait=rng.random() * whole)
     forked(run, out, mixture())
     return same(out, unbroken(tmp, 'mixture'))
-
-def two_processes(tmp, port):
-    "The same batches on two processes, in float32, against one process."
-    SETTINGS.precision = 'float32'
-    plain = lambda seed=0: (torch.manual_seed(seed), Transformer(model().config))[1]
-    def work(out, rank=None):
-        if rank is not None:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
-        assert loop.Accelerator().num_processes == (1 if rank is None else 2)
-        m = plain()
-        rows = train(m, mixture(), SETTINGS, out, save_every=5)
-        if not rank: torch.save([m.state_dict(), [r['loss'] for r in rows], [r['grad_norm'] for r in rows], [r['targets'] for r in rows]], Path(out)/'result.pt')
-        if rank is not None: torch.distributed.destroy_process_group()
-    assert forked(work, tmp/'one') == 0
-    pids = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            try: work(tmp/'two', rank)
-            except BaseException: import traceback; traceback.print_exc(); os._exit(1)
-            os._exit(0)
-        pids.append(pid)
-    codes = [os.waitpid(p, 0)[1] for p in pids]
-    if any(codes): sys.exit(f'a process failed: {codes}')
-    one, two = (torch.load(tmp/k/'result.pt', weights_only=True) for k in ('one', 'two'))
-    worst = max(float((one[0][k] - two[0][k]).abs().max()) for k in one[0])
-    print('largest difference of a weight', worst)
-    return worst < 1e-4 and one[3] == two[3] and np.allclose(one[1], two[1], rtol=1e-5) and np.allclose(one[2], two[2], rtol=1e-4)
 
 if __name__ == '__main__':
     torch.set_num_threads(1)

@@ -1,4 +1,5 @@
 "Batches, loss and the training stages."
+import importlib.util
 import json
 import math
 import subprocess
@@ -243,6 +244,124 @@ def test_process_shares_cover_the_batch():
         rows = [r for rank in range(processes) for m in process_share(batch, rank, processes, micro) for r in m['input_ids'].flatten().tolist()]
         assert rows == list(range(12))
     with pytest.raises(ValueError, match='12 rows.*5 processes'): process_share(batch, 0, 5, None)
+
+# ---- the loop
+
+def golden_losses(tmp_path, **kw):
+    model, precisions = tiny(), set()
+    def loss(model, batch): precisions.add(torch.is_autocast_enabled('cpu')); return lm_loss(model, batch)
+    rows = train(model, Fixed(50, change=lambda step, batch: ragged(seed=step % 4)), TrainSettings(lr=3e-3, warmup_fraction=.1, micro_batch_size=3, **kw), tmp_path, loss=loss)
+    return [r['loss'] for r in rows], precisions
+
+def test_golden_losses(tmp_path):
+    "Fifty float32 losses as they were on the day the loop was written; other processors round otherwise, by less than this."
+    losses, precisions = golden_losses(tmp_path, precision='float32')
+    assert precisions == {False}
+    assert losses == pytest.approx(json.loads((Path(__file__).parent/'golden_losses.json').read_text()), rel=2e-4)
+
+def test_bf16_is_seen_in_the_losses(tmp_path):
+    losses, precisions = golden_losses(tmp_path, precision='bf16')
+    assert precisions == {True} and losses != pytest.approx(json.loads((Path(__file__).parent/'golden_losses.json').read_text()), rel=1e-6)
+
+class Rare(Fixed):
+    "The same batch again and again; at one step, other labels."
+    at = 80
+    def batch(self, step): return ragged(self.rows, seed=9 if step == self.at else 0)
+
+def test_an_outlier_is_skipped_and_counted(tmp_path):
+    with_guard, without = (train(tiny(), Rare(90), TrainSettings(lr=1e-3, precision='float32', skip_sigma=sigma), tmp_path/str(sigma)) for sigma in (6., None))
+    assert [r['step'] for r in with_guard if r['skipped']] == [81] and not any(r['skipped'] for r in without)
+    calm = train(tiny(), Fixed(90, change=lambda step, batch: ragged(seed=0)), TrainSettings(lr=1e-3, precision='float32'), tmp_path/'calm')
+    assert with_guard[80]['loss'] > with_guard[79]['loss'] + 1 and [r['loss'] for r in with_guard[:80]] == [r['loss'] for r in calm[:80]]
+    assert with_guard[81]['loss'] == calm[80]['loss'] != without[81]['loss']  # the weights of step 80, untouched
+
+def test_a_skipped_step_leaves_the_optimizer_alone(tmp_path):
+    from accelerate import Accelerator
+    from phi4_ref.train.loop import Objective, train_step
+    model, how = tiny(), TrainSettings(lr=1e-2, skip_sigma=6.)
+    accelerator = Accelerator()
+    objective, optimizer = accelerator.prepare(Objective(model, lm_loss, False), make_optimizer(model, how))
+    train_step(accelerator, objective, optimizer, [ragged()], how)
+    before, moments = weights(model), {k: v['exp_avg'].clone() for k, v in optimizer.optimizer.state.items()}
+    recent = [[.1 + .001 * (i % 2), 100.] for i in range(64)]
+    assert train_step(accelerator, objective, optimizer, [ragged()], how, recent)['skipped'] == 1
+    assert torch.equal(before, weights(model)) and all(torch.equal(v['exp_avg'], moments[k]) for k, v in optimizer.optimizer.state.items())
+    assert all(p.grad is None for p in model.parameters())
+
+def test_validation_leaves_no_trace(tmp_path):
+    class Noisy(Transformer):
+        def hidden(self, *args, **kw): return super().hidden(*args, **kw) * (1 + .01 * torch.randn(()))
+    results = []
+    for name, validation in (('with', dict(a=ragged(seed=5), b=ragged(4, seed=6))), ('without', None)):
+        torch.manual_seed(0)
+        model = Noisy(ModelConfig(**TINY))
+        rows = train(model, Fixed(6), TrainSettings(lr=1e-2, micro_batch_size=4), tmp_path/name, validation=validation, save_every=2)
+        results.append((weights(model), [r['loss'] for r in rows], [sorted(k for k in r if k.startswith('val_loss')) for r in rows]))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    assert results[0][2] == [[], ['val_loss/a', 'val_loss/b']] * 3 and not any(results[1][2])
+
+def test_validation_loss_is_that_of_the_batch(tmp_path):
+    model = tiny()
+    rows = train(model, Fixed(1), TrainSettings(lr=1e-2, precision='float32', micro_batch_size=3), tmp_path, validation=dict(a=ragged(seed=5)))
+    total, count, _ = plain_lm_loss(model, ragged(seed=5))
+    assert rows[-1]['val_loss/a'] == pytest.approx(float(total.detach() / count), rel=1e-5)
+
+def test_a_bad_row_is_named_with_its_source(tmp_path):
+    batches = MixtureBatches(STORES, MIX, 10, 4, 20, seed=0)
+    source, number = batches.place(4 * 7 + 2)
+    class Poisoned:
+        batch_size, place = batches.batch_size, staticmethod(batches.place)
+        def __len__(self): return 20
+        def batch(self, step): return batches.batch(step) | dict(bad=torch.arange(4) == (2 if step == 7 else -1))
+    def loss(model, batch): total, count, metrics = lm_loss(model, batch); return total * (float('inf') if batch['bad'].any() else 1), count, metrics
+    with pytest.raises(FloatingPointError, match=rf'step 8: loss is inf.* from row 2 \({source}, its row {number}\)\. The weights are those of step 7'):
+        train(model := tiny(vocab_size=400), Poisoned(), TrainSettings(lr=1e-2, micro_batch_size=3), tmp_path, loss=loss, save_every=7)
+    from phi4_ref.train.checkpoint import latest_checkpoint, load_checkpoint
+    path, state = latest_checkpoint(tmp_path/'checkpoints')
+    kept = tiny(seed=1, vocab_size=400)
+    from phi4_ref.train.loop import Objective
+    load_checkpoint(path, Objective(kept, lm_loss, False), make_optimizer(kept, TrainSettings(lr=1e-2)))
+    assert state['step'] == 7 and torch.equal(weights(kept), weights(model))
+
+def test_a_failed_background_save_is_raised(tmp_path, monkeypatch):
+    import phi4_ref.train.checkpoint as checkpoint
+    def full(*args, **kw): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(checkpoint.dcp, 'save', full)
+    with pytest.raises(OSError, match='No space left'): train(tiny(), Fixed(5), TrainSettings(lr=1e-3), tmp_path, save_every=2)
+    assert not list((tmp_path/'checkpoints').glob('step_*'))
+
+def test_a_checkpoint_is_a_moment(tmp_path):
+    "What is written in the background is the state at the call, however far the training has moved on."
+    from accelerate import Accelerator
+    from phi4_ref.train.checkpoint import finish, load_checkpoint, save
+    model = tiny()
+    optimizer = make_optimizer(model, TrainSettings(lr=1e-2))
+    lm_loss(model, ragged())[0].backward(); optimizer.step()
+    then, moment = weights(model), optimizer.state[model.lm_head.weight]['exp_avg'].clone()
+    pending = save(Accelerator(), tmp_path, model, optimizer, dict(step=1))
+    with torch.no_grad():
+        for p in model.parameters(): p.zero_(); optimizer.state[p]['exp_avg'].zero_()
+    finish(pending)
+    other = tiny(seed=3); fresh = make_optimizer(other, TrainSettings(lr=1e-2))
+    load_checkpoint(tmp_path/'checkpoints'/'step_00000001', other, fresh)
+    assert torch.equal(weights(other), then) and torch.equal(fresh.state[other.lm_head.weight]['exp_avg'], moment)
+
+def test_unknown_tracker_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'abacus' is not installed"): train(tiny(), Fixed(1), TrainSettings(lr=1e-3, tracker='abacus'), tmp_path)
+
+@pytest.mark.skipif(importlib.util.find_spec('tensorboard') is None, reason='tensorboard is not installed')
+def test_tensorboard_has_the_log(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    rows = train(tiny(), Fixed(3), TrainSettings(lr=1e-3), tmp_path)
+    events = EventAccumulator(str(tmp_path/'trackers')).Reload()
+    assert [(e.step, e.value) for e in events.Scalars('loss')] == [(r['step'], pytest.approx(r['loss'])) for r in rows]
+
+def test_held_out_documents_are_not_trained_on():
+    from phi4_ref.train.loop import hold_out
+    kept, held = hold_out(STORES, 2, 10)
+    for source, store in STORES.items():
+        assert kept[source].tokens.tolist() + held[source]['input_ids'].flatten().tolist() == store.tokens.tolist()
+    with pytest.raises(ValueError, match='synthetic'): hold_out(STORES, 4, 10)
 
 # ---- the stages
 

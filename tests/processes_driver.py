@@ -1,0 +1,83 @@
+"Work for test_processes.py, run under `accelerate launch`: python processes_driver.py WHAT FOLDER."
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import phi4_ref.train.checkpoint as checkpoint
+from phi4_ref.model.transformer import ModelConfig, Transformer
+from phi4_ref.train.checkpoint import gathered
+from phi4_ref.train.loop import TrainSettings, lm_loss, train
+from phi4_ref.train.pretrain import finish_stage
+
+RANK, STEPS = int(os.environ.get('RANK', 0)), 6
+SETTINGS = TrainSettings(lr=1e-2, precision='float32', micro_batch_size=2, skip_sigma=6.)
+
+class Ragged:
+    "Eight rows a step, masked more and more; the first four, one process's share of two, have no target at the last step."
+    def __init__(self, poison=None): self.poison = poison
+    def __len__(self): return STEPS
+    def batch(self, step):
+        g = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 64, (8, 16), generator=g)
+        keep = torch.rand(8, 16, generator=g) < torch.linspace(0, 1, 8)[:, None]
+        if step == STEPS - 1: keep[:4] = False
+        return dict(input_ids=ids, labels=torch.where(keep, ids, -100), bad=torch.arange(8) == (6 if step == self.poison else -1))
+
+def loss(model, batch):
+    total, count, metrics = lm_loss(model, batch)
+    return total * (float('nan') if batch['bad'].any() else 1), count, metrics
+
+def model():
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32))
+
+def run(out, batches=None, **kw):
+    m = model()
+    rows = train(m, batches or Ragged(), SETTINGS, out, loss=loss, save_every=2, validation=dict(a=Ragged().batch(99)), **kw)
+    return m, rows
+
+def sharded(m): return isinstance(m.lm_head.weight, DTensor)
+
+def keep(out, m, rows):
+    "What the test compares, from the main process, with the model gathered."
+    whole, shards = gathered(m), sharded(m)
+    if RANK: assert rows and (whole is None) == shards; return
+    torch.save(dict(weights=whole.state_dict(), rows=rows, sharded=shards), Path(out)/'result.pt')
+
+def train_all(out): keep(out, *run(out))
+
+def train_part(out):
+    "Stops after three steps, as a run does whose fourth batch cannot be read; the last checkpoint is that of step 2."
+    class Breaks(Ragged):
+        def batch(self, step):
+            if step == 3: raise OSError('the machine went away')
+            return super().batch(step)
+    try: run(out, Breaks())
+    except OSError: (Path(out)/f'stopped_{RANK}').touch()
+
+def stage(out):
+    m, rows = run(out)
+    finish_stage(m, None, out, rows)
+
+def poisoned(out):
+    try: run(out, Ragged(poison=4))
+    except FloatingPointError as e: (Path(out)/f'error_{RANK}').write_text(str(e))
+
+def die_while_saving(out):
+    "Every process is killed in the background, with the shards of step 4 written and not yet renamed."
+    real = checkpoint.dcp.save
+    def save(copies, checkpoint_id, **kw):
+        real(copies, checkpoint_id=checkpoint_id, **kw)
+        if '0004' in str(checkpoint_id): os.kill(os.getpid(), 9)
+    checkpoint.dcp.save = save
+    run(out)
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
+    globals()[sys.argv[1]](sys.argv[2])
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()

@@ -1,0 +1,97 @@
+"One process is two processes: the shipped launch configurations, on CPUs with gloo."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from phi4_ref.config import CONFIGS
+
+DRIVER = Path(__file__).parent/'processes_driver.py'
+SHIPPED = CONFIGS/'accelerate'
+LAUNCHES = ['ddp', 'fsdp2', 'fsdp2_zero2']
+
+def launch(kind, what, out, ok=True):
+    "The driver under `accelerate launch` with a shipped configuration, or alone."
+    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true')
+    accelerate = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/f'{kind}.yaml'), '--num_processes', '2']
+    done = subprocess.run([*(accelerate if kind else [sys.executable]), str(DRIVER), what, str(out)], env=env, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
+    return torch.load(Path(out)/'result.pt', weights_only=True) if ok and (Path(out)/'result.pt').exists() else None
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory): return launch(None, 'train_all', tmp_path_factory.mktemp('one'))
+
+def assert_same(a, b, tolerance):
+    "Every logged number and every weight, but for the rounding of sums taken in another order."
+    assert [r['step'] for r in a['rows']] == [r['step'] for r in b['rows']] and [r['targets'] for r in a['rows']] == [r['targets'] for r in b['rows']]
+    for key in ('loss', 'grad_norm'): assert np.allclose([r[key] for r in a['rows']], [r[key] for r in b['rows']], rtol=tolerance, atol=0), key
+    assert [r['val_loss/a'] for r in a['rows'] if 'val_loss/a' in r] == pytest.approx([r['val_loss/a'] for r in b['rows'] if 'val_loss/a' in r], rel=tolerance)
+    assert a['weights'].keys() == b['weights'].keys()
+    for k, v in a['weights'].items(): assert torch.allclose(v, b['weights'][k], atol=2e-5), k
+
+@pytest.mark.parametrize('kind', LAUNCHES)
+def test_two_processes_are_one(one, kind, tmp_path):
+    two = launch(kind, 'train_all', tmp_path)
+    assert not one['sharded'] and two['sharded'] == (kind != 'ddp')
+    assert_same(one, two, 1e-4)
+
+@pytest.mark.parametrize('first, then', [('fsdp2', 'fsdp2'), ('ddp', 'ddp'), ('fsdp2', None), (None, 'fsdp2')])
+def test_stopped_and_continued(one, first, then, tmp_path):
+    launch(first, 'train_part', tmp_path)
+    assert len(list(tmp_path.glob('stopped_*'))) == (2 if first else 1) and (tmp_path/'checkpoints'/'step_00000002'/'state.json').exists()
+    shards = list((tmp_path/'checkpoints'/'step_00000002').glob('*.distcp'))
+    assert len(shards) == 2 or first != 'fsdp2'
+    again = launch(then, 'train_all', tmp_path)
+    if first == then:
+        whole = launch(first, 'train_all', tmp_path/'whole')
+        assert all(torch.equal(v, whole['weights'][k]) for k, v in again['weights'].items()) and [r['loss'] for r in again['rows']] == [r['loss'] for r in whole['rows']]
+    assert_same(one, again, 1e-4)
+
+def test_killed_while_the_shards_are_written(one, tmp_path):
+    launch('fsdp2', 'die_while_saving', tmp_path, ok=False)
+    assert sorted(p.name for p in (tmp_path/'checkpoints').iterdir()) == ['step_00000002', 'tmp_step_00000004']
+    assert_same(one, launch('fsdp2', 'train_all', tmp_path), 1e-4)
+    assert sorted(p.name for p in (tmp_path/'checkpoints').iterdir()) == ['step_00000004', 'step_00000006']
+
+def test_a_sharded_stage_ends_in_hugging_face_layout(one, tmp_path):
+    from phi4_ref.model.transformer import from_pretrained
+    launch('fsdp2', 'stage', tmp_path)
+    assert not (tmp_path/'checkpoints').exists()
+    weights = from_pretrained(tmp_path).state_dict()
+    assert all(torch.allclose(v, weights[k], atol=2e-5) for k, v in one['weights'].items())
+
+def test_a_bad_row_is_named_by_every_process(tmp_path):
+    launch('fsdp2', 'poisoned', tmp_path)
+    said = [(tmp_path/f'error_{rank}').read_text() for rank in range(2)]
+    assert all('step 5: loss is nan' in s and 'from row 6.' in s for s in said), said
+    assert (tmp_path/'checkpoints'/'step_00000004'/'state.json').exists()
+
+def test_configurations_are_accelerates():
+    from accelerate.commands.config.config_args import load_config_from_file
+    assert sorted(p.stem for p in SHIPPED.glob('*.yaml')) == LAUNCHES
+    for name in LAUNCHES:
+        config, settings = load_config_from_file(str(SHIPPED/f'{name}.yaml')), yaml.safe_load((SHIPPED/f'{name}.yaml').read_text())
+        assert config.mixed_precision == 'no' and config.num_processes == 8
+        assert settings.get('fsdp_config', {}).get('fsdp_version', 2) == 2
+
+def test_the_command_under_accelerate(tiny_run, tmp_path):
+    "A stage that trains is shared; one that does not says that it belongs to one process."
+    from phi4_ref.model.transformer import from_pretrained
+    from test_run import begun
+    folder = begun(tiny_run, tmp_path/'run', 'curate')
+    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', TOKENIZERS_PARALLELISM='false')
+    command = lambda verb: subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/'fsdp2.yaml'), '--num_processes', '2',
+                                           '-m', 'phi4_ref.cli', verb, str(folder)], env=env, capture_output=True, text=True)
+    done = command('synth')
+    assert done.returncode and 'stage synth belongs to one process: run `phi4 synth`' in done.stderr
+    folder = begun(tiny_run, tmp_path/'run2', 'synth')
+    done = command('pretrain')
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = (from_pretrained(path/'pretrain').state_dict() for path in (folder, tiny_run))
+    assert (folder/'pretrain'/'manifest.json').exists() and done.stdout.count('[1/1] pretrain') == 2  # begun and done, from one process
+    assert all(torch.allclose(v, two[k], atol=5e-2) for k, v in one.items())
