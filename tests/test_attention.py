@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Phi3ForCausalLM
 
 import phi4_ref.model.transformer as module
-from phi4_ref.model.transformer import (ATTENTION, KVCache, ModelConfig, RMSNorm, Transformer, auto_attention, cu_seqlens, document_mask,
-    document_starts, eager_attention, flash_attention, rope_table, rotate, save_pretrained, sdpa_attention)
+from phi4_ref.model.pretrained import save_pretrained
+from phi4_ref.model.transformer import (ATTENTION, KVCache, ModelConfig, RMSNorm, Transformer, auto_attention, cu_seqlens,
+    document_mask, document_starts, eager_attention, flash_attention, rope_table, rotate, sdpa_attention)
 from phi4_ref.train.loop import lm_loss, plain_lm_loss
 
 TINY = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,

@@ -59,7 +59,7 @@ def test_killed_while_the_shards_are_written(one, tmp_path):
     assert sorted(p.name for p in (tmp_path/'checkpoints').iterdir()) == ['step_00000004', 'step_00000006']
 
 def test_a_sharded_stage_ends_in_hugging_face_layout(one, tmp_path):
-    from phi4_ref.model.transformer import from_pretrained
+    from phi4_ref.model.pretrained import from_pretrained
     launch('fsdp2', 'stage', tmp_path)
     assert not (tmp_path/'checkpoints').exists()
     weights = from_pretrained(tmp_path).state_dict()
@@ -81,7 +81,7 @@ def test_configurations_are_accelerates():
 
 def test_the_command_under_accelerate(tiny_run, tmp_path):
     "A stage that trains is shared; one that does not says that it belongs to one process."
-    from phi4_ref.model.transformer import from_pretrained
+    from phi4_ref.model.pretrained import from_pretrained
     from test_run import begun
     folder = begun(tiny_run, tmp_path/'run', 'curate')
     env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', TOKENIZERS_PARALLELISM='false')

@@ -15,8 +15,9 @@ from accelerate import PartialState
 
 from ..model.pretrained import save_pretrained
 from ..model.transformer import ModelConfig, Transformer
+from .checkpoint import gathered
 from .data import MixtureBatches, tokenize_documents
-from .loop import TrainSettings, train
+from .loop import TrainSettings, hold_out, train
 
 # %% ../../nbs/42_train.pretrain.ipynb #cc7ba336
 def finish_stage(
@@ -27,7 +28,7 @@ def finish_stage(
     **more,     # further counts of the stage
 )->dict:        # steps, tokens, seconds, first and last loss, and `more`
     "Leave a stage's directory holding a Hugging Face checkpoint and the log."
-    state, out_dir = PartialState(), Path(out_dir)
+    state, out_dir, model = PartialState(), Path(out_dir), gathered(model)
     if state.is_main_process:
         for left in [*out_dir.glob('.unfinished.*'), out_dir/'unfinished']: shutil.rmtree(left, ignore_errors=True)  # of a process that was killed here
         save_pretrained(model, out_dir/'unfinished', tokenizer)
@@ -51,14 +52,17 @@ def pretrain(
     context:int,             # tokens in a row (phi-4: 4,096)
     batch_size:int,          # rows in a step over all processes (phi-4: 5,760)
     seed:int=0,              # of the initial weights and the order of the data
+    validation_rows:int=0,   # of each source, kept out of training
     save_every:int=100,      # steps between checkpoints
     progress:bool=None,      # as in `train`
 )->dict:                     # steps, tokens, seconds, losses, and the mixture as it was read
     "Pretrain a model on a mixture of sources (phi-4 §3)."
     steps = tokens // (batch_size * context)
     if steps < 1: raise ValueError(f'{tokens} tokens are less than one step of {batch_size} rows of {context}: raise the budget or lower the batch')
-    batches = MixtureBatches(tokenize_documents(documents, tokenizer), fractions, context, batch_size, steps, seed)
+    stores, validation = tokenize_documents(documents, tokenizer), {}
+    if validation_rows: stores, validation = hold_out(stores, validation_rows, context)
+    batches = MixtureBatches(stores, fractions, context, batch_size, steps, seed)
     torch.manual_seed(seed)
     model = Transformer(config)
-    rows = train(model, batches, settings, out_dir, save_every=save_every, progress=progress)
+    rows = train(model, batches, settings, out_dir, validation=validation, save_every=save_every, progress=progress)
     return finish_stage(model, tokenizer, out_dir, rows, mixture=batches.epochs())
