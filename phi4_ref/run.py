@@ -11,6 +11,7 @@ __all__ = ['CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'Stage', 'make_world', '
            'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
+import glob
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,8 +135,9 @@ def train_settings(
     return TrainSettings(lr=section.lr, warmup_fraction=section.warmup, seed=seed, **{name: getattr(section, name) for name in named})
 
 def training_documents(inputs):
-    "Curated and synthetic documents, in that order."
-    return load(inputs["curate"]/"documents.parquet", DOCUMENT) + load(inputs["synth"]/"documents.parquet", DOCUMENT)
+    "Curated and synthetic documents, in that order, streamed."
+    from phi4_ref.data.collect import stream_rows
+    for stage in ("curate", "synth"): yield from stream_rows(glob.escape(str(inputs[stage]/"documents.parquet")))
 
 def open_checkpoint(
     folder:Path,  # Hugging Face layout
@@ -153,14 +155,16 @@ def pretrain(c, inputs, out):
     "A base model from documents, mixed by Table 5 (phi-4 §3)."
     from transformers import AutoTokenizer
 
+    from phi4_ref.data.shards import write_shards
     from phi4_ref.model.tokenizer import train_tokenizer
     from phi4_ref.model.transformer import ModelConfig
     from phi4_ref.train.pretrain import pretrain as run_pretraining
     p = c.pretrain
-    documents = [d for d in training_documents(inputs) if not p.max_chars or len(d["text"]) <= p.max_chars]
-    tokenizer = AutoTokenizer.from_pretrained(p.tokenizer) if p.tokenizer else train_tokenizer([d["text"] for d in documents], c.model.vocab_size)
+    def documents(): return (d for d in training_documents(inputs) if not p.max_chars or len(d["text"]) <= p.max_chars)
+    tokenizer = AutoTokenizer.from_pretrained(p.tokenizer) if p.tokenizer else train_tokenizer((d["text"] for d in documents()), c.model.vocab_size)
+    write_shards(documents(), tokenizer, out/"shards")
     shape = ModelConfig(**c.model.model_dump(), max_position_embeddings=p.context)
-    counts = run_pretraining(shape, documents, tokenizer, train_settings(p, c.seed), out, fractions=p.fractions, tokens=p.tokens,
+    counts = run_pretraining(shape, out/"shards", tokenizer, train_settings(p, c.seed), out, fractions=p.fractions, tokens=p.tokens,
                              context=p.context, batch_size=p.batch_size, seed=c.seed, save_every=p.save_every)
     save_json(out/"mixture.json", counts.pop("mixture"))
     return counts
@@ -168,10 +172,12 @@ def pretrain(c, inputs, out):
 # %% ../nbs/70_run.ipynb #5a92558e
 def midtrain(c, inputs, out):
     "A longer context: RoPE base raised, long documents mixed in (phi-4 §3.3)."
+    from phi4_ref.data.shards import write_shards
     from phi4_ref.train.midtrain import midtrain as run_midtraining
     model, tokenizer = open_checkpoint(inputs["pretrain"])
-    m = c.midtrain
-    counts = run_midtraining(model, training_documents(inputs), tokenizer, train_settings(m, c.seed), out, fractions=c.pretrain.fractions, tokens=m.tokens, context=m.context,
+    m, longest = c.midtrain, c.pretrain.max_chars
+    write_shards((d for d in training_documents(inputs) if longest and len(d["text"]) > longest), tokenizer, out/"shards")  # those that pretraining left out
+    counts = run_midtraining(model, [inputs["pretrain"]/"shards", out/"shards"], tokenizer, train_settings(m, c.seed), out, fractions=c.pretrain.fractions, tokens=m.tokens, context=m.context,
                              batch_size=m.batch_size, rope_theta=m.rope_theta, long_tokens=m.long_tokens, long_fraction=m.long_fraction, seed=c.seed, save_every=m.save_every)
     save_json(out/"mixture.json", counts.pop("mixture"))
     return counts

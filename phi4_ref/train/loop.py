@@ -308,6 +308,7 @@ def describe_run(
             digest.update(name.encode() + str(tensor.shape).encode() + tensor.contiguous().numpy().tobytes())
     described = dict(asdict(settings), steps=len(batches), data=digest.hexdigest()[:16])
     del described['micro_batch_size']  # may change: it does not enter the result
+    if hasattr(batches, 'describe'): described |= batches.describe()  # what the data are, source by source
     return json.loads(json.dumps(described))
 
 # %% ../../nbs/41_train.loop.ipynb #ca295cc5

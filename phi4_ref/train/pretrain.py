@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..data.shards import open_stores
 from ..model.transformer import ModelConfig, Transformer, save_pretrained
-from .data import MixtureBatches, tokenize_documents
+from .data import MixtureBatches
 from .loop import TrainSettings, train
 
 # %% ../../nbs/42_train.pretrain.ipynb #cc7ba336
@@ -40,7 +41,7 @@ def finish_stage(
 # %% ../../nbs/42_train.pretrain.ipynb #ed1e6df6
 def pretrain(
     config:ModelConfig,      # of the model to make
-    documents:list,          # rows with 'text' and 'source'
+    data,                    # rows with 'text' and 'source', or a directory of their shards, or several
     tokenizer,               # as from `train_tokenizer`
     settings:TrainSettings,  # phi-4 §3: lr 3e-4, weight decay 0.1
     out_dir,                 # receives checkpoint and log; called again, continues
@@ -56,7 +57,7 @@ def pretrain(
     "Pretrain a model on a mixture of sources (phi-4 §3)."
     steps = tokens // (batch_size * context)
     if steps < 1: raise ValueError(f'{tokens} tokens are less than one step of {batch_size} rows of {context}: raise the budget or lower the batch')
-    batches = MixtureBatches(tokenize_documents(documents, tokenizer), fractions, context, batch_size, steps, seed)
+    batches = MixtureBatches(open_stores(data, tokenizer), fractions, context, batch_size, steps, seed)
     torch.manual_seed(seed)
     model = Transformer(config)
     rows = train(model, batches, settings, out_dir, save_every=save_every, progress=progress)
