@@ -9,6 +9,7 @@ __all__ = ['WORD', 'StreamRows', 'best_fit', 'WholeRows', 'epoch_order', 'scramb
 
 # %% ../../nbs/40_train.data.ipynb #944d977e
 import bisect
+import hashlib
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,6 @@ from math import isqrt
 import numpy as np
 import torch
 
-from ..artifact import digest
 from ..data.shards import Store, make_store
 
 # %% ../../nbs/40_train.data.ipynb #83e2742d
@@ -272,4 +272,6 @@ class SFTBatches:
 
     def describe(self):
         "What of the data must stay the same for a run to be continued."
-        return dict(examples=f'{len(self.examples):,} chats, fingerprint {digest([[list(map(int, part)) for part in pair] for pair in self.examples])}', batch_size=self.batch_size, data_seed=self.seed)
+        total = hashlib.sha256()
+        for ids, mask in self.examples: total.update(np.array([ids, mask], np.int32).tobytes())
+        return dict(examples=f'{len(self.examples):,} chats, fingerprint {total.hexdigest()[:16]}', batch_size=self.batch_size, data_seed=self.seed)
