@@ -58,6 +58,7 @@ def id_dtype(
     "16 bits an id where they suffice, else 32."
     return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
+# %% ../../nbs/29_data.shards.ipynb #1676c261
 def make_store(
     documents:list,  # one sequence of token ids per document
     vocab_size:int,  # decides between 16 and 32 bits an id
@@ -78,6 +79,7 @@ def end_of_document(
         raise ValueError(f'the tokenizer has no token {end!r} to close documents with: train it with that special token')
     return end_id
 
+# %% ../../nbs/29_data.shards.ipynb #c0770194
 def encode_documents(
     texts:list,  # document texts
     tokenizer,   # a fast Hugging Face tokenizer
@@ -103,6 +105,7 @@ def text_fingerprint(
     "A short hash of a document's text."
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')
 
+# %% ../../nbs/29_data.shards.ipynb #73cdd850
 def tokenizer_fingerprint(
     tokenizer,  # a fast Hugging Face tokenizer
 )->str:         # 16 hex digits
@@ -145,6 +148,7 @@ def cpus()->int:
     "CPUs that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
+# %% ../../nbs/29_data.shards.ipynb #e3682651
 def start_workers(
     work,         # what they do
     workers:int,  # how many
@@ -160,6 +164,7 @@ def start_workers(
     os.environ.pop('TOKENIZERS_PARALLELISM') if before is None else os.environ.update(TOKENIZERS_PARALLELISM=before)
     return pipes
 
+# %% ../../nbs/29_data.shards.ipynb #6874670a
 def in_order(
     work,         # work(item) -> result
     items,        # any iterable
@@ -177,6 +182,7 @@ def in_order(
     finally:
         for pipe in pipes: pipe.close()
 
+# %% ../../nbs/29_data.shards.ipynb #26e8ec57
 def answer_to(pipe, item):
     try: good, result = pipe.recv()
     except (EOFError, OSError): raise RuntimeError('a worker process died, perhaps for lack of memory: use fewer workers; the same call goes on where it stopped') from None
@@ -193,6 +199,7 @@ def as_text(
     if isinstance(text, str) and isinstance(source, str) and re.fullmatch(r'[\w.-]+', source): return source, text
     raise ValueError(f'row {number} is no document: it needs a text, and a source named in letters, digits, "_", "-" and "."; its source is {source!r}, its text {str(text)[:40]!r}')
 
+# %% ../../nbs/29_data.shards.ipynb #a7dba381
 def text_chunks(
     pairs,                  # (source, text), in order
     characters:int=2**18,  # at least so many a chunk, unless the texts run out
@@ -239,6 +246,7 @@ def close(self:ShardWriter,
     self.files, self.number = None, self.number + 1
     return dict(name=self.name, source=self.source, documents=self.documents, tokens=self.tokens, sha256={kind: h.hexdigest() for kind, h in self.hashes.items()})
 
+# %% ../../nbs/29_data.shards.ipynb #af8e029b
 def add(self:ShardWriter, prints, lengths, tokens):
     "Append what `text_encoder` gives; yields the index entry of each shard that was filled."
     ends, at = np.concatenate([[0], np.cumsum(lengths)]), 0
@@ -304,6 +312,7 @@ def read_progress(
         except ValueError: break  # the kill came while it was written
     return (lines[0], lines[1:]) if lines else (None, [])
 
+# %% ../../nbs/29_data.shards.ipynb #f26485c8
 def whole_shards(
     folder:Path, head:dict, entries:list,  # as `read_progress` gives them
     say=print,                             # told of a torn shard
@@ -372,6 +381,7 @@ def write_missing(pairs, tokenizer, folder, head, kept, workers)->list:
         for writer in writers.values(): done(writer.close())
     return sorted(kept + entries, key=lambda entry: entry['name'])
 
+# %% ../../nbs/29_data.shards.ipynb #44bacf7c
 def count_shards(entries)->dict:
     "Documents, tokens and shards of each source."
     counts = {}
@@ -474,6 +484,7 @@ class PickedStore(Store):
     @property
     def fingerprint(self): return digest([self.store.fingerprint, hashlib.sha256(self.picked.tobytes()).hexdigest()])
 
+# %% ../../nbs/29_data.shards.ipynb #4114ced4
 def pick(
     store:Store,  # to choose from
     times,        # times(lengths) -> how often each document is wanted, 0 for most
