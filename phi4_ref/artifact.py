@@ -42,7 +42,7 @@ def differences(
     return lines
 
 # %% ../nbs/03_artifact.ipynb #cb63e911
-RESULT_FILES = (".parquet", ".safetensors", ".npy", "tokenizer.json", "config.json")
+RESULT_FILES = (".parquet", ".safetensors", ".npy", "tokenizer.json", "config.json", "shards.json")
 
 def fingerprint(
     folder:str|Path,  # an artifact directory

@@ -11,6 +11,7 @@ __all__ = ['CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'Stage', 'mak
            'evaluate', 'report', 'chosen', 'check_all', 'needs_again', 'together', 'run_stage', 'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
+import glob
 import os
 import time
 from collections.abc import Callable
@@ -140,8 +141,9 @@ def train_settings(
     return TrainSettings(lr=section.lr, warmup_fraction=section.warmup, seed=seed, **{name: getattr(section, name) for name in named})
 
 def training_documents(inputs):
-    "Curated and synthetic documents, in that order."
-    return load(inputs["curate"]/"documents.parquet", DOCUMENT) + load(inputs["synth"]/"documents.parquet", DOCUMENT)
+    "Curated and synthetic documents, in that order, streamed."
+    from phi4_ref.data.collect import stream_rows
+    for stage in ("curate", "synth"): yield from stream_rows(glob.escape(str(inputs[stage]/"documents.parquet")))
 
 def open_checkpoint(
     folder:Path,  # Hugging Face layout
@@ -155,22 +157,28 @@ def open_checkpoint(
     except Exception as error: raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): make its stage again") from error
 
 # %% ../nbs/70_run.ipynb #d7e31166
-def pretraining_data(c, inputs):
-    "The model's shape, the documents and the tokenizer of pretraining."
+def pretraining_data(
+    c, inputs,
+    shards:Path,  # directory to tokenise into, by the first process; the others wait
+):
+    "The model's shape and tokenizer; the documents of pretraining are in `shards` then."
+    from accelerate import PartialState
     from transformers import AutoTokenizer
 
+    from phi4_ref.data.shards import write_shards
     from phi4_ref.model.tokenizer import train_tokenizer
     from phi4_ref.model.transformer import ModelConfig
     p = c.pretrain
-    documents = [d for d in training_documents(inputs) if not p.max_chars or len(d["text"]) <= p.max_chars]
-    tokenizer = AutoTokenizer.from_pretrained(p.tokenizer) if p.tokenizer else train_tokenizer([d["text"] for d in documents], c.model.vocab_size)
-    return ModelConfig(**c.model.model_dump(), max_position_embeddings=p.context), documents, tokenizer
+    def documents(): return (d for d in training_documents(inputs) if not p.max_chars or len(d["text"]) <= p.max_chars)
+    tokenizer = AutoTokenizer.from_pretrained(p.tokenizer) if p.tokenizer else train_tokenizer((d["text"] for d in documents()), c.model.vocab_size)
+    with PartialState().main_process_first(): write_shards(documents(), tokenizer, shards)
+    return ModelConfig(**c.model.model_dump(), max_position_embeddings=p.context), tokenizer
 
 def pretrain(c, inputs, out):
     "A base model from documents, mixed by Table 5 (phi-4 §3)."
     from phi4_ref.train.pretrain import pretrain as run_pretraining
-    p, (shape, documents, tokenizer) = c.pretrain, pretraining_data(c, inputs)
-    counts = run_pretraining(shape, documents, tokenizer, train_settings(p, c.seed), out, fractions=p.fractions, tokens=p.tokens,
+    p, (shape, tokenizer) = c.pretrain, pretraining_data(c, inputs, out/"shards")
+    counts = run_pretraining(shape, out/"shards", tokenizer, train_settings(p, c.seed), out, fractions=p.fractions, tokens=p.tokens,
                              context=p.context, batch_size=p.batch_size, seed=c.seed, validation_rows=p.validation_rows, save_every=p.save_every)
     mixture = counts.pop("mixture")
     if is_first(): save_json(out/"mixture.json", mixture)
@@ -183,14 +191,16 @@ def stress(
 )->list:            # of `train.stress.stress`
     "The rates and warm-ups that pretraining survives, as `stress/stress.md` and a picture in the run directory (phi-4 §3)."
     import torch
+
+    from phi4_ref.data.shards import load_shards
     from phi4_ref.model.transformer import Transformer
-    from phi4_ref.train.data import MixtureBatches, tokenize_documents
+    from phi4_ref.train.data import MixtureBatches
     from phi4_ref.train.stress import stress as stress_grid, stress_picture, stress_table
     p, inputs, out = config.pretrain, {name: Path(config.out)/name for name in ("curate", "synth")}, Path(config.out)/"stress"
     for name, path in inputs.items():
         if artifact.finished(path) is None: raise ValueError(f"stress needs {path}, which is not finished: run `phi4 {name} {config.out}` first")
-    shape, documents, tokenizer = pretraining_data(config, inputs)
-    batches = MixtureBatches(tokenize_documents(documents, tokenizer), p.fractions, p.context, p.batch_size, p.steps, config.seed)
+    shape, tokenizer = pretraining_data(config, inputs, out/"shards")
+    batches = MixtureBatches(load_shards(out/"shards", tokenizer=tokenizer), p.fractions, p.context, p.batch_size, p.steps, config.seed)
     def make_model():
         torch.manual_seed(config.seed)
         return Transformer(shape)
@@ -203,10 +213,15 @@ def stress(
 # %% ../nbs/70_run.ipynb #5a92558e
 def midtrain(c, inputs, out):
     "A longer context: RoPE base raised, long documents mixed in (phi-4 §3.3)."
+    from accelerate import PartialState
+
+    from phi4_ref.data.shards import write_shards
     from phi4_ref.train.midtrain import midtrain as run_midtraining
     model, tokenizer = open_checkpoint(inputs["pretrain"])
-    m = c.midtrain
-    counts = run_midtraining(model, training_documents(inputs), tokenizer, train_settings(m, c.seed), out, fractions=c.pretrain.fractions, tokens=m.tokens, context=m.context,
+    m, longest = c.midtrain, c.pretrain.max_chars
+    long = (d for d in training_documents(inputs) if longest and len(d["text"]) > longest)  # those that pretraining left out
+    with PartialState().main_process_first(): write_shards(long, tokenizer, out/"shards")
+    counts = run_midtraining(model, [inputs["pretrain"]/"shards", out/"shards"], tokenizer, train_settings(m, c.seed), out, fractions=c.pretrain.fractions, tokens=m.tokens, context=m.context,
                              batch_size=m.batch_size, rope_theta=m.rope_theta, long_tokens=m.long_tokens, long_fraction=m.long_fraction, seed=c.seed, save_every=m.save_every)
     mixture = counts.pop("mixture")
     if is_first(): save_json(out/"mixture.json", mixture)

@@ -48,7 +48,8 @@ def test_variants_freeze_a_quarter():
 
 
 def test_long_documents():
-    documents = [{'source': s} for s in ('acquired', 'code', 'code', 'synthetic', 'web', 'web_rewrite')]
-    assert select_long(documents, [512, 513, 1024, 257, 9999, 9999], 512, 1024, 256, factor=3.0) == [0, 1, 3, 1, 0, 0]
-    with pytest.raises(ValueError, match='lengths'): select_long(documents, [1])
-    with pytest.raises(ValueError, match='upweight_from'): select_long([], [], 10, 5)
+    lengths = [256, 257, 512, 513, 1023, 1024, 9999]
+    rule = lambda source: select_long(source, lengths, 512, 1024, 256, factor=3).tolist()
+    assert rule('acquired') == rule('code') == [0, 0, 0, 1, 1, 3, 3]
+    assert rule('synthetic') == [0, 1, 1, 1, 1, 1, 1] and rule('web') == rule('web_rewrite') == [0] * 7
+    with pytest.raises(ValueError, match='upweight_from'): select_long('code', [], 10, 5)

@@ -124,7 +124,7 @@ def test_killed_while_a_model_is_put_in_place(tiny_run, tmp_path, monkeypatch, m
     (tmp_path/".unfinished.99.tmp").mkdir()  # of one that died while it wrote
     pretrain.finish_stage(model, tokenizer, tmp_path, rows)
     assert (tmp_path/"model.safetensors").read_bytes() == (tiny_run/"sft"/"model.safetensors").read_bytes()
-    assert {p.name for p in tmp_path.rglob("*")} == {p.name for p in (tiny_run/"midtrain").iterdir()} - {"log.jsonl", "manifest.json", "mixture.json"}
+    assert {p.name for p in tmp_path.rglob("*")} == {p.name for p in (tiny_run/"midtrain").iterdir()} - {"log.jsonl", "manifest.json", "mixture.json", "shards"}
 
 
 @pytest.mark.parametrize("stage, mark", [("pretrain", "log.jsonl"), ("pts", "started.json")])

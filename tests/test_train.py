@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from phi4_ref.model.tokenizer import train_tokenizer
+from phi4_ref.data.shards import encode_documents, make_store, tokenize_documents
 from phi4_ref.model.pretrained import from_pretrained
 from phi4_ref.model.transformer import ModelConfig, Transformer
-from phi4_ref.train.data import (MixtureBatches, SFTBatches, StreamRows, WholeRows, apportion, best_fit, encode_documents, epoch_order,
-                                 interleave, load_stores, make_store, recall_mixture, save_stores, tokenize_documents)
+from phi4_ref.train.data import MixtureBatches, SFTBatches, StreamRows, WholeRows, apportion, best_fit, epoch_entry, epoch_order, interleave, recall_mixture
 from phi4_ref.train.loop import TrainSettings, lm_loss, lr_at, make_optimizer, plain_lm_loss, process_share, train
-from phi4_ref.train.midtrain import long_data, midtrain, raise_rope
+from phi4_ref.train.midtrain import long_data, midtrain, padded_data, raise_rope
 from phi4_ref.train.pretrain import pretrain
 from phi4_ref.train.sft import best_of_n, sft
 
@@ -43,12 +43,6 @@ def test_special_tokens_in_a_document_are_text():
     assert ids[-1] == tokenizer.convert_tokens_to_ids('<|endoftext|>')
     assert not set(ids[:-1]) & set(tokenizer.convert_tokens_to_ids(['<|im_end|>', '<|endoftext|>', '<|im_start|>']))
 
-def test_tokenizing_in_parts_changes_nothing():
-    tokenizer = train_tokenizer(['some words here'] * 2, 300)
-    rows = [dict(text=f'words {i}', source='ab'[i % 2]) for i in range(11)]
-    a, b = tokenize_documents(rows, tokenizer), tokenize_documents(rows, tokenizer, batch=3)
-    assert all((a[s].tokens == b[s].tokens).all() and (a[s].offsets == b[s].offsets).all() for s in 'ab')
-
 def test_no_tokens_at_all():
     assert tokenize_documents([], train_tokenizer(['x'], 300)) == {}
     assert len(make_store([], 10)) == 0
@@ -56,20 +50,6 @@ def test_no_tokens_at_all():
 @pytest.mark.parametrize('vocab, dtype', [(65_536, np.uint16), (65_537, np.uint32)])
 def test_width_of_ids(vocab, dtype):
     assert make_store([[vocab - 1]], vocab).tokens.dtype == dtype and make_store([[vocab - 1]], vocab)[0][0] == vocab - 1
-
-def test_damaged_stores_are_named(tmp_path):
-    save_stores(STORES, tmp_path)
-    assert (load_stores(tmp_path)['web'].tokens == STORES['web'].tokens).all()
-    np.save(tmp_path/'code.offsets.npy', STORES['code'].offsets[:-1])
-    with pytest.raises(ValueError, match='code.*200 tokens.*190'): load_stores(tmp_path)
-    (tmp_path/'code.offsets.npy').unlink()
-    with pytest.raises(ValueError, match='code'): load_stores(tmp_path)
-    with pytest.raises(ValueError, match='no .*tokens.npy'): load_stores(tmp_path/'nowhere')
-
-def test_a_pickled_store_is_refused(tmp_path):
-    save_stores(STORES, tmp_path)
-    np.save(tmp_path/'web.tokens.npy', np.array([{'a': 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match='web'): load_stores(tmp_path)
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 50))
 def test_a_stream_loses_no_token(lengths, context):
@@ -111,6 +91,27 @@ def test_order_is_the_same_in_another_process():
     code = 'from phi4_ref.train.data import epoch_order; print(epoch_order(20, "web", 3, 7).tolist())'
     other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={'PYTHONHASHSEED': '12', 'PATH': ''}, check=True).stdout
     assert json.loads(other) == epoch_order(20, 'web', 3, 7).tolist()
+
+@given(st.integers(1, 400), st.integers(0, 10**6), st.integers(0, 50))
+def test_epoch_entries_are_a_permutation(n, seed, epoch):
+    assert sorted(epoch_entry(i, n, 'web', epoch, seed) for i in range(n)) == list(range(n))
+
+def test_epoch_entries_are_a_permutation_at_every_small_size():
+    for n in range(1, 150): assert sorted(epoch_entry(i, n, 'web', 0, 0) for i in range(n)) == list(range(n)), n
+
+def test_epoch_entries_of_a_paper_sized_source_spread():
+    "At 2.4 billion rows: none twice, as many in each eighth, neighbours far apart; another epoch, seed or name is another order."
+    n = 2_441_406_250
+    entries = np.array([epoch_entry(i, n, 'web', 0, 0) for i in range(4000)])
+    assert len(set(entries.tolist())) == 4000 and 0 <= entries.min() and entries.max() < n
+    assert abs(np.bincount(entries * 8 // n, minlength=8) - 500).max() < 120
+    assert .30 < np.mean(abs(np.diff(entries))) / n < .37  # a third for independent places
+    for other in (('web', 1, 0), ('web', 0, 1), ('code', 0, 0)): assert sum(epoch_entry(i, n, *other) == e for i, e in enumerate(entries[:200].tolist())) < 2
+
+def test_every_order_of_a_short_source_is_as_likely():
+    counts = {}
+    for seed in range(2400): order = tuple(epoch_entry(i, 4, 'web', 0, seed) for i in range(4)); counts[order] = counts.get(order, 0) + 1
+    assert len(counts) == 24 and sum((c - 100)**2 / 100 for c in counts.values()) < 60  # chi-squared, 23 degrees of freedom: 60 is p < 1e-4
 
 def test_epochs_are_whole_permutations_and_counted():
     batches = MixtureBatches(STORES, MIX, 10, 4, 20, seed=0)
@@ -392,7 +393,7 @@ def test_midtrain(base, tmp_path):
     config = json.loads((tmp_path/'config.json').read_text())
     assert config['max_position_embeddings'] == 128 and config['rope_parameters']['rope_theta'] == 250_000
     assert {r['source']: r['fraction'] for r in result['mixture']} == pytest.approx(dict(long=.3, web=.56, acquired=.14))
-    with pytest.raises(ValueError, match='no long document'): midtrain(out, documents, tokenizer, TrainSettings(lr=1e-3), tmp_path/'x', fractions=dict(web=1.), tokens=4 * 128 * 5, context=128, batch_size=4, long_tokens=4000)
+    with pytest.raises(ValueError, match='no long document'): midtrain(out, documents[:200], tokenizer, TrainSettings(lr=1e-3), tmp_path/'x', fractions=dict(web=1.), tokens=4 * 128 * 5, context=128, batch_size=4, long_tokens=100)
 
 def test_rope_only_rises():
     model = tiny()
@@ -403,6 +404,9 @@ def test_long_data_takes_what_the_paper_takes():
     lengths = lambda *sizes: make_store([np.zeros(n) for n in sizes], 300)
     stores = dict(web=lengths(500), web_rewrite=lengths(500), code=lengths(64, 65), acquired=lengths(128, 20), synthetic=lengths(32, 33))
     assert sorted(long_data(stores, long_tokens=64, context=128).lengths.tolist()) == [33, 65, 128, 128]
+    assert sorted(padded_data(stores, long_tokens=64, context=128).lengths.tolist()) == [20, 32, 64]
+    assert sorted(long_data(dict(synthetic=lengths(500)), long_tokens=64, context=128).lengths.tolist()) == [500]  # only books and code are up-weighted
+    with pytest.raises(ValueError, match='no short document'): padded_data(dict(code=lengths(65)), long_tokens=64, context=128)
 
 def test_sft(base, tmp_path):
     out, _, tokenizer, _ = base

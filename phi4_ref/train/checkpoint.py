@@ -146,6 +146,7 @@ def describe_run(
         for name, tensor in sorted(batches.batch(step).items()):
             digest.update(name.encode() + str(tensor.shape).encode() + tensor.contiguous().numpy().tobytes())
     described = dict(asdict(settings), steps=len(batches), data=digest.hexdigest()[:16])
+    if hasattr(batches, 'describe'): described |= batches.describe()  # what the data are, source by source
     return json.loads(json.dumps({k: v for k, v in described.items() if k not in free}))
 
 # %% ../../nbs/39_train.checkpoint.ipynb #ca295cc5

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WINDOW', 'FREE', 'TrainSettings', 'lr_at', 'param_groups', 'make_optimizer', 'plain_lm_loss', 'ChunkedCrossEntropy',
            'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share', 'train_step',
-           'scale_gradients', 'is_spike', 'broken_rows', 'name_rows', 'cut_log', 'interrupt_flag', 'count_tokens',
-           'utilisation', 'account', 'hold_out', 'validate', 'make_accelerator', 'train']
+           'scale_gradients', 'is_spike', 'broken_rows', 'name_rows', 'describe_run', 'cut_log', 'interrupt_flag',
+           'count_tokens', 'utilisation', 'account', 'hold_out', 'validate', 'make_accelerator', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import json
@@ -28,6 +28,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, br
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from ..data.shards import PartStore
 from ..model.transformer import flops_per_token
 from .checkpoint import background_group, describe_run, finish, restore, rng_state, save, set_rng_state
 from .data import StreamRows
@@ -254,6 +255,21 @@ def name_rows(batches, step:int, rows:list)->str:
     places = [batches.place(step * batches.batch_size + row) for row in rows] if hasattr(batches, 'place') else [None] * len(rows)
     return ', '.join(f'row {row}' + (f' ({place[0]}, its row {place[1]})' if place else '') for row, place in zip(rows, places))
 
+# %% ../../nbs/41_train.loop.ipynb #7eaf0256
+def describe_run(
+    batches,                 # has `.batch(step)` and `len()`
+    settings:TrainSettings,
+)->dict:                     # JSON
+    "What must be the same for a checkpoint to be continued."
+    digest = hashlib.sha256()
+    for step in (0, len(batches) - 1):
+        for name, tensor in sorted(batches.batch(step).items()):
+            digest.update(name.encode() + str(tensor.shape).encode() + tensor.contiguous().numpy().tobytes())
+    described = dict(asdict(settings), steps=len(batches), data=digest.hexdigest()[:16])
+    del described['micro_batch_size']  # may change: it does not enter the result
+    if hasattr(batches, 'describe'): described |= batches.describe()  # what the data are, source by source
+    return json.loads(json.dumps(described))
+
 # %% ../../nbs/41_train.loop.ipynb #3b307064
 def cut_log(
     path,      # log.jsonl
@@ -320,18 +336,16 @@ def account(
 
 # %% ../../nbs/41_train.loop.ipynb #c0dac98d
 def hold_out(
-    stores:dict,  # source -> `TokenStore`
+    stores:dict,  # source -> `Store`
     rows:int,     # to keep out of each
     context:int,  # tokens in a row
 )->tuple:         # (stores without them, source -> batch of `rows` rows); ValueError if a source is too small
     "Documents from the end of each source for validation."
     kept, held = {}, {}
     for source, store in stores.items():
-        first = len(store) - 1
-        while first > 0 and store.offsets[-1] - store.offsets[first] < rows * context: first -= 1
-        if first < len(store) / 2: raise ValueError(f'{rows} validation rows of {context} tokens are more than half of source {source} ({store.offsets[-1]} tokens): ask for fewer')
-        kept[source] = type(store)(store.tokens[:store.offsets[first]], store.offsets[:first + 1])
-        last = StreamRows(type(store)(store.tokens[store.offsets[first]:], store.offsets[first:] - store.offsets[first]), context)
+        first = int(np.searchsorted(store.offsets, store.size - rows * context, 'right')) - 1
+        if first < len(store) / 2: raise ValueError(f'{rows} validation rows of {context} tokens are more than half of source {source} ({store.size} tokens): ask for fewer')
+        kept[source], last = PartStore(store, 0, first), StreamRows(PartStore(store, first, len(store)), context)
         ids = torch.from_numpy(np.stack([last[i] for i in range(rows)]).astype(np.int64))
         held[source] = dict(input_ids=ids, labels=ids.clone())
     return kept, held

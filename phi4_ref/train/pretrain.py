@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..data.shards import open_stores
 from ..model.pretrained import save_pretrained
 from ..model.transformer import ModelConfig, Transformer
 from .checkpoint import gathered
-from .data import MixtureBatches, tokenize_documents
+from .data import MixtureBatches
 from .loop import TrainSettings, hold_out, train
 
 # %% ../../nbs/42_train.pretrain.ipynb #cc7ba336
@@ -42,7 +43,7 @@ def finish_stage(
 # %% ../../nbs/42_train.pretrain.ipynb #ed1e6df6
 def pretrain(
     config:ModelConfig,      # of the model to make
-    documents:list,          # rows with 'text' and 'source'
+    data,                    # rows with 'text' and 'source', or a directory of their shards, or several
     tokenizer,               # as from `train_tokenizer`
     settings:TrainSettings,  # phi-4 §3: lr 3e-4, weight decay 0.1
     out_dir,                 # receives checkpoint and log; called again, continues
@@ -59,7 +60,7 @@ def pretrain(
     "Pretrain a model on a mixture of sources (phi-4 §3)."
     steps = tokens // (batch_size * context)
     if steps < 1: raise ValueError(f'{tokens} tokens are less than one step of {batch_size} rows of {context}: raise the budget or lower the batch')
-    stores, validation = tokenize_documents(documents, tokenizer), {}
+    stores, validation = open_stores(data, tokenizer), {}
     if validation_rows: stores, validation = hold_out(stores, validation_rows, context)
     batches = MixtureBatches(stores, fractions, context, batch_size, steps, seed)
     torch.manual_seed(seed)
