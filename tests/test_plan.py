@@ -1,0 +1,133 @@
+"The plan: its memory against measured memory, its operations against published runs, its refusals as a user reads them."
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from phi4_ref.cli import app
+from phi4_ref.config import load_config
+from phi4_ref.model.transformer import PHI4_14B, ModelConfig, Transformer, count_parameters, flops_per_token
+from phi4_ref.train import plan as planning
+from phi4_ref.train.devices import find_device
+from phi4_ref.train.loop import Objective, TrainSettings, lm_loss, make_optimizer
+from phi4_ref.train.plan import LiveBytes, checkpoint_layers, layouts, measure_saved, memory, peak_bytes, plan, saved_bytes, shape_of, state_bytes
+
+SHAPES = {"wide": ModelConfig(1000, 256, 3, 4, 2, 704, 128), "deep": ModelConfig(500, 96, 10, 6, 2, 256, 128), "vocabulary": ModelConfig(8000, 128, 2, 4, 4, 352, 256)}
+BATCHES = [(1, 128), (9, 128)]  # the second needs two chunks of the loss
+TOLERANCE = 0.03
+
+
+def batch_of(shape, rows, context):
+    ids = torch.randint(0, shape.vocab_size, (rows, context), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def measured_peak(model, batch, bf16):
+    "Of the second micro-batch of a step, beyond weights and gradients."
+    run = Objective(model, lm_loss, bf16)
+    run(batch)[0].backward()
+    with LiveBytes() as live:
+        live.alive.update({p.untyped_storage()._cdata: None for q in model.parameters() for p in (q, q.grad)})
+        run(batch)[0].backward()
+    return live.peak
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("again", [False, True], ids=["all saved", "checkpointed"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_activations_and_the_peak_are_those_of_the_real_model(name, bf16, again):
+    shape, element = SHAPES[name], 2 if bf16 else 4
+    for rows, context in BATCHES:
+        model = Transformer(shape, "sdpa")
+        if again: checkpoint_layers(model)
+        batch, tokens = batch_of(shape, rows, context), rows * context
+        assert saved_bytes(shape, tokens, again, element) == pytest.approx(measure_saved(model, batch, bf16), rel=TOLERANCE)
+        assert peak_bytes(shape, tokens, again, element) == pytest.approx(measured_peak(model, batch, bf16), rel=TOLERANCE)
+
+
+def test_weights_gradients_and_moments_are_exact():
+    shape = SHAPES["deep"]
+    model = Transformer(shape)
+    optimizer = make_optimizer(model, TrainSettings(lr=1e-3))
+    lm_loss(model, batch_of(shape, 1, 16))[0].backward()
+    optimizer.step()
+    held = {"weights": sum(p.nbytes for p in model.parameters()), "gradients": sum(p.grad.nbytes for p in model.parameters()),
+            "optimizer": sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)}
+    assert state_bytes(shape, planning.STRATEGIES["DDP"], 1) == held
+
+
+@pytest.mark.parametrize("shape", [PHI4_14B, shape_of(load_config("small")), shape_of(load_config("toy"))])
+def test_parameters_are_counted_right(shape):
+    with torch.device("meta"): model = Transformer(shape)
+    assert planning.parameters(shape)["all"] == count_parameters(model)
+
+
+def test_what_is_divided_shrinks_with_the_number_of_gpus():
+    for name, strategy in planning.STRATEGIES.items():
+        few, many = (memory(PHI4_14B, strategy, n, 4096, True) for n in (16, 64))
+        for part in few: assert many[part] <= few[part]
+        assert (sum(many.values()) < sum(few.values())) == ("all" in (strategy.weights, strategy.gradients, strategy.optimizer)), name
+
+
+def test_one_gpu_has_nothing_to_share_or_transfer():
+    [row] = layouts(shape_of(load_config("small")), load_config("small").pretrain, 1, find_device("H100"))
+    assert row["transfer"] == 0 and "buckets" not in row["parts"] and row["fits"]
+
+
+# --- operations and time --------------------------------------------------------------------------------------------------
+
+def test_published_runs():
+    llama = ModelConfig(128_256, 16384, 126, 128, 8, 53248, 8192)
+    assert planning.parameters(llama)["all"] == pytest.approx(405e9, rel=.01)
+    assert .36 < planning.implied_mfu(flops_per_token(llama, 8192), 15.6e12, 30.84e6, find_device("H100").peak_bf16_flops) < .43
+    phi = planning.implied_mfu(flops_per_token(PHI4_14B, 4096), 9.8e12, 1920 * 21 * 24, find_device("H100").peak_bf16_flops)
+    made = plan(load_config("phi4-14b", ["pretrain.tokens=9800000000000"]), 1920, "H100", mfu=phi)
+    assert made.times[0]["days"] == pytest.approx(21)
+
+
+def test_time_and_cost_follow_from_operations():
+    made = plan(load_config("small"), 1, "H100", mfu=.25, price=3)
+    row = made.times[0]
+    seconds = load_config("small").pretrain.tokens * flops_per_token(shape_of(made.config), 2048) / (.25 * find_device("H100").peak_bf16_flops)
+    assert row["days"] == pytest.approx(seconds / 86400) and row["dollars"] == pytest.approx(seconds / 3600 * 3)
+    assert row["tokens_per_s"] * seconds == pytest.approx(made.config.pretrain.tokens)
+
+
+def test_small_is_a_matter_of_hours_on_one_gpu():
+    made = plan(load_config("small"), 1, "H100", mfu=.2)
+    assert sum(row["days"] for row in made.times) < 0.5
+    assert all(planning.recommended(rows) for rows in made.layouts.values())
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+
+def said(monkeypatch, *args):
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    done = CliRunner().invoke(app, ["plan", *args])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_a_plan_is_printed_with_its_sources(monkeypatch):
+    code, out, err = said(monkeypatch, "phi4-14b", "--gpus", "1920", "--gpu", "H100")
+    assert code == 0 and not err
+    for text in ("14,659,507,200", "423,855", "ZeRO-2", "FSDP", "recommended: ", "midtrain: batch_size 1440 keeps 1,440 of the 1,920 GPUs busy", "data sheet", "phi-4 §3", "ours"): assert text in out
+
+
+@pytest.mark.parametrize("args, message", [
+    (["phi4-14b", "--gpus", "64", "--gpu", "H900"], "no GPU 'H900' in the table; known: A100 SXM"),
+    (["phi4-14b", "--gpus", "64", "--gpu", "H900"], "give --peak-tflops (dense bf16) and --memory-gb"),
+    (["phi4-14b", "--gpus", "1000"], "pretrain.batch_size 5760 cannot be shared by 1000 GPUs: take 960 or 1152 GPUs, or another pretrain.batch_size"),
+    (["phi4-14b", "--gpus", "1"], "pretrain fits on no layout of 1 GPU: it needs at least"),
+    (["phi4-14b", "--gpus", "6000"], "take 5760 GPUs, or another"),
+    (["phi4-14b", "--gpus", "1920", "--mfu", "40"], "an MFU above 0 and at most 1"),
+    (["small", "pretrain.lrr=1"], "pretrain.lrr: unknown key; did you mean lr?"),
+])
+def test_mistakes_are_one_line_and_status_2(monkeypatch, args, message):
+    code, out, err = said(monkeypatch, *args)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_gpu_given_by_its_numbers(monkeypatch):
+    code, out, err = said(monkeypatch, "small", "--gpu", "my own", "--peak-tflops", "100", "--memory-gb", "32")
+    assert code == 0 and "100 TFLOP/s" in out and "32 GB" in out
