@@ -151,7 +151,7 @@ def check_model(
         stepped = logits_at(model, at([3], [0]), at([2], [3]), cache, at(0, 1), at(0, 0))
         plain = torch.stack([model(at(row)).logits[0, -1] for row in ([1, 2, 3], [2, 1, 3, 0])])
         wrong = (stepped - plain).abs().max() > (1e-3 if model.dtype == torch.float32 else 0.1) * plain.abs().max()
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as e: wrong = e
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as e: wrong = e
     if wrong: raise ValueError(f"{name} cannot be sampled by this engine, which keeps keys and values by position ({wrong!r}): sample it with its own generate")
 
 # %% ../../nbs/12_model.generate.ipynb #adc12f2e
