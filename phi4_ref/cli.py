@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'app', 'Target', 'Changes', 'Force', 'VERBS_HELP', 'keep_memory', 'find_config', 'report_mistakes',
-           'add_verb', 'stress', 'reply', 'chat', 'main']
+           'add_verb', 'plan', 'stress', 'reply', 'chat', 'main']
 
 # %% ../nbs/71_cli.ipynb #2355abff
 import os
@@ -85,6 +85,29 @@ VERBS_HELP = {
     "report": "report.md with tables and pictures.",
 }
 for verb, line in VERBS_HELP.items(): add_verb(verb, line)
+
+# %% ../nbs/71_cli.ipynb #3d88a6aa
+@app.command(help="Memory, time and cost of a run before it is started.")
+def plan(
+    target:Target, changes:Changes=None,
+    gpus:Annotated[int, typer.Option(help="GPUs at hand.")]=1,
+    gpu:Annotated[str, typer.Option(help="Their name, such as H100, or any name with --peak-tflops and --memory-gb.")]="H100",
+    mfu:Annotated[float, typer.Option(help="Share of the peak that training reaches, 0..1.")]=.4,
+    price:Annotated[float, typer.Option(help="Dollars a GPU hour.")]=2.5,
+    peak_tflops:Annotated[float, typer.Option(help="Dense bf16 TFLOP/s of one GPU.")]=None,
+    memory_gb:Annotated[float, typer.Option(help="Memory of one GPU.")]=None,
+    node:Annotated[int, typer.Option(help="GPUs in a machine.")]=8,
+    network_gbits:Annotated[float, typer.Option(help="Network of each GPU between machines.")]=400,
+    gradient_bytes:Annotated[int, typer.Option(help="2 for gradients in bf16.")]=4,
+    moment_bytes:Annotated[int, typer.Option(help="2 for AdamW's moments in bf16.")]=4,
+):
+    "Print a plan; status 2 where nothing fits."
+    def work():
+        from phi4_ref.train.plan import plan, plan_text, recommended
+        made = plan(find_config(target, changes or []), gpus, gpu, mfu, price, peak_tflops, memory_gb, node, network_gbits, gradient_bytes, moment_bytes)
+        print(plan_text(made))
+        if recommended(made.layouts["pretrain"]) is None: raise ValueError(made.warnings[0])
+    report_mistakes(work)
 
 # %% ../nbs/71_cli.ipynb #0af2af05
 @app.command()

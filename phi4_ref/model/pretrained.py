@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FUSED', 'SMOLLM2', 'to_hf_config', 'refuse_differences', 'from_hf_config', 'swap', 'write_json', 'save_pretrained',
            'weight_files', 'read_json', 'stored_as', 'read_weights', 'checkpoint_directory', 'read_gguf',
-           'open_checkpoint', 'from_pretrained', 'convert_gguf', 'cached_gguf', 'smollm2']
+           'open_tensors', 'from_pretrained', 'convert_gguf', 'cached_gguf', 'smollm2']
 
 # %% ../../nbs/13_model.pretrained.ipynb #477efedd
 import json, os, re, shutil, zipfile
@@ -182,7 +182,7 @@ def read_gguf(
     return model.config.to_dict(), model.state_dict()
 
 # %% ../../nbs/13_model.pretrained.ipynb #f38523fb
-def open_checkpoint(
+def open_tensors(
     path,  # a directory, organisation/model on the Hugging Face hub, or a .gguf file
 )->tuple[dict, dict]:  # the content of config.json; tensor name -> function that reads it
     "A checkpoint whose tensors are read when asked for."
@@ -201,7 +201,7 @@ def from_pretrained(
     device="cpu",
 )->Transformer:
     "Read a phi-3/phi-4 or Llama checkpoint, one file or sharded; ValueError says what is wrong with it."
-    hf, tensors = open_checkpoint(path)
+    hf, tensors = open_tensors(path)
     config = from_hf_config(hf)
     with torch.device("meta"): model = Transformer(config, attention)
     tensors = {name: read for name, read in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files keep the angles' speeds
