@@ -21,7 +21,7 @@ from phi4_ref.data.shards import (JoinedStore, PickedStore, check_shards, encode
 from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.records import DOCUMENT, save
 from phi4_ref.train.data import MixtureBatches, StreamRows
-from phi4_ref.train.loop import check_same_run
+from phi4_ref.train.checkpoint import check_same_run
 
 settings.register_profile('untimed', deadline=None, max_examples=40)
 settings.load_profile('untimed')

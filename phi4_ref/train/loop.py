@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WINDOW', 'FREE', 'TrainSettings', 'lr_at', 'param_groups', 'make_optimizer', 'plain_lm_loss', 'ChunkedCrossEntropy',
            'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share', 'train_step',
-           'scale_gradients', 'is_spike', 'broken_rows', 'name_rows', 'describe_run', 'cut_log', 'interrupt_flag',
-           'count_tokens', 'utilisation', 'account', 'hold_out', 'validate', 'make_accelerator', 'train']
+           'scale_gradients', 'is_spike', 'broken_rows', 'name_rows', 'cut_log', 'interrupt_flag', 'count_tokens',
+           'utilisation', 'account', 'hold_out', 'validate', 'make_accelerator', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import json
@@ -254,21 +254,6 @@ def name_rows(batches, step:int, rows:list)->str:
     if not rows: return 'no row of its batch alone: the gradient overflowed'
     places = [batches.place(step * batches.batch_size + row) for row in rows] if hasattr(batches, 'place') else [None] * len(rows)
     return ', '.join(f'row {row}' + (f' ({place[0]}, its row {place[1]})' if place else '') for row, place in zip(rows, places))
-
-# %% ../../nbs/41_train.loop.ipynb #7eaf0256
-def describe_run(
-    batches,                 # has `.batch(step)` and `len()`
-    settings:TrainSettings,
-)->dict:                     # JSON
-    "What must be the same for a checkpoint to be continued."
-    digest = hashlib.sha256()
-    for step in (0, len(batches) - 1):
-        for name, tensor in sorted(batches.batch(step).items()):
-            digest.update(name.encode() + str(tensor.shape).encode() + tensor.contiguous().numpy().tobytes())
-    described = dict(asdict(settings), steps=len(batches), data=digest.hexdigest()[:16])
-    del described['micro_batch_size']  # may change: it does not enter the result
-    if hasattr(batches, 'describe'): described |= batches.describe()  # what the data are, source by source
-    return json.loads(json.dumps(described))
 
 # %% ../../nbs/41_train.loop.ipynb #3b307064
 def cut_log(
