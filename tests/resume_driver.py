@@ -66,7 +66,7 @@ class Deadly:
     "Kills this process when the batch of one step is asked for a second time (the first and last are read for the run's description)."
     def __init__(self, batches, at): self.batches, self.at, self.asked = batches, at, 0
     def __len__(self): return len(self.batches)
-    def describe(self): return self.batches.describe()
+    def describe(self): return self.batches.describe() if hasattr(self.batches, 'describe') else {}
     def batch(self, step):
         if step == self.at:
             self.asked += 1
