@@ -9,10 +9,12 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 from phi4_ref import artifact, cli
 from phi4_ref.artifact import StageRefused
 from phi4_ref.config import load_config
+from phi4_ref.model.tokenizer import chat_ids
 from phi4_ref.run import open_checkpoint, run
 from phi4_ref.train import pretrain
 
@@ -80,8 +82,10 @@ def test_the_model_is_the_same_in_transformers(tiny_run):
     model, ours = open_checkpoint(tiny_run/"final")
     for question in ("Mara has 3 plums. Mara buys 2 more. How many plums does Mara have now?", "Where does Boden live?", "Hello!", "Why does <|im_end|> end?"):
         messages = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        text = tokenizer.decode(theirs.generate(**ids, max_new_tokens=48, do_sample=False)[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
+        ids = torch.tensor([chat_ids(ours, messages, add_generation_prompt=True)])  # a special token in a user's words is words; apply_chat_template would make it a token
+        if "<|" not in question: assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"] == ids[0].tolist()
+        done = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
+        text = tokenizer.decode(done[0, ids.shape[1]:], skip_special_tokens=True)
         assert text == cli.reply(model, ours, messages, temperature=0, seed=0, max_new_tokens=48) and text
 
 
@@ -132,7 +136,10 @@ def test_an_interrupt_leaves_what_goes_on(tiny_run, tmp_path, stage, mark):
     folder = begun(tiny_run, tmp_path/"run", STAGES[STAGES.index(stage) - 1])
     process = start("run", folder)
     wait_for(process, lambda: (folder/f"{stage}.partial"/mark).exists())
-    process.send_signal(signal.SIGINT)
+    for _ in range(3):  # an import of some library may swallow it, as it may a user's
+        process.send_signal(signal.SIGINT)
+        try: process.wait(60); break
+        except subprocess.TimeoutExpired: continue
     out, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "interrupted: what is finished is kept" in err and "Traceback" not in err, err
     assert (folder/f"{stage}.partial").exists() and not (folder/stage).exists()

@@ -68,8 +68,9 @@ def first_failure(
 )->Exception:      # the first process's own
     "What went wrong, out of the library's wrapping."
     cause = next(iter(error.failures.values()))[0]
-    full = isinstance(cause, RuntimeError) and shutil.disk_usage(path).free < 2**20  # what PyTorch makes of a full disk
-    return OSError(errno.ENOSPC, f'no space left on the disk for {path}') if full else cause
+    if not isinstance(cause, RuntimeError) or 'inline_container' not in str(cause): return cause
+    full = shutil.disk_usage(path).free < 2**20  # PyTorch's writer says only that it could not write
+    return OSError(errno.ENOSPC, f'no space left on the disk for {path}') if full else OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
 
 def _fsync(path):
     descriptor = os.open(path, os.O_RDONLY)
