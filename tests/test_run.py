@@ -136,10 +136,7 @@ def test_an_interrupt_leaves_what_goes_on(tiny_run, tmp_path, stage, mark):
     folder = begun(tiny_run, tmp_path/"run", STAGES[STAGES.index(stage) - 1])
     process = start("run", folder)
     wait_for(process, lambda: (folder/f"{stage}.partial"/mark).exists())
-    for _ in range(3):  # an import of some library may swallow it, as it may a user's
-        process.send_signal(signal.SIGINT)
-        try: process.wait(60); break
-        except subprocess.TimeoutExpired: continue
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "interrupted: what is finished is kept" in err and "Traceback" not in err, err
     assert (folder/f"{stage}.partial").exists() and not (folder/stage).exists()
