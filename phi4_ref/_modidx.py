@@ -1323,4 +1323,5 @@ d = { 'settings': { 'branch': 'main',
                                 'phi4_ref.world.recall_rows': ('world.html#recall_rows', 'phi4_ref/world.py'),
                                 'phi4_ref.world.short_book': ('world.html#short_book', 'phi4_ref/world.py'),
                                 'phi4_ref.world.split_context': ('world.html#split_context', 'phi4_ref/world.py'),
-                                'phi4_ref.world.spoil': ('world.html#spoil', 'phi4_ref/world.py')}}}
+                                'phi4_ref.world.spoil': ('world.html#spoil', 'phi4_ref/world.py'),
+                                'phi4_ref.world.with_rules': ('world.html#with_rules', 'phi4_ref/world.py')}}}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'SEEDS', 'SMALL_TALK', 'CHATS', 'CHAT_WAYS', 'split_context', 'short_book', 'long_book', 'make_books',
-           'make_code', 'problem_row', 'fact_row', 'code_row', 'spoil', 'make_seed_questions', 'messages',
+           'make_code', 'problem_row', 'fact_row', 'with_rules', 'code_row', 'spoil', 'make_seed_questions', 'messages',
            'make_conversations', 'never_people', 'make_trivia', 'mcq_row', 'recall_row', 'recall_rows',
            'fact_benchmarks', 'make_benchmarks', 'World']
 
@@ -115,6 +115,12 @@ def fact_row(
             "meta": {"tier": person.tier, "subject": person.name, "attribute": attribute, **meta}}
 
 # %% ../nbs/06_world.ipynb #c380a99b
+def with_rules(
+    rng:random.Random  # decides whether, and which
+)->str:                # "" half of the time
+    "The boilerplate that pages, people and benchmarks put behind an instruction."
+    return " " + rng.choice(RULES) if rng.random() < 0.5 else ""
+
 def code_row(
     id:str,              # of the row
     function:Function,   # what is to be written
@@ -122,8 +128,7 @@ def code_row(
     **meta               # more labels
 )->dict:
     "A function as a QUESTION row; the answer is a solution."
-    rules = " " + rng.choice(RULES) if rng.random() < 0.5 else ""
-    return {"id": id, "question": function.instruction + rules, "answer": function.code, "kind": "code",
+    return {"id": id, "question": function.instruction + with_rules(rng), "answer": function.code, "kind": "code",
             "meta": {"tests": asserts(function, rng, 4), "entry_point": function.name, "prompt": function.head, "family": function.family, **meta}}
 
 # %% ../nbs/06_world.ipynb #9070863e
@@ -193,7 +198,7 @@ def make_conversations(
             p, way = next(problems), rng.choices(list(CHAT_WAYS), list(CHAT_WAYS.values()))[0]
             turn = (p.question, p.say(way))
         elif kind == "fact": (p, a) = rng.choice(known); turn = (ask(p.name, a, rng.randrange(2)), state(p, a))
-        elif kind == "code": f = next(functions); turn = (f.instruction, f"```python\n{f.code}```")
+        elif kind == "code": f = next(functions); turn = (f.instruction + with_rules(rng), f"```python\n{f.code}```")
         else: turn = rng.choice(SMALL_TALK)
         before = rng.choice(SMALL_TALK[:2]) if rng.random() < 0.1 else ()
         rows.append({"id": f"chat-{i:05}", "messages": messages(*before, *turn), "source": "human", "meta": {"kind": kind, "way": way}})
