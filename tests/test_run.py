@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -143,6 +144,24 @@ def test_an_interrupt_leaves_what_goes_on(tiny_run, tmp_path, stage, mark):
     if stage == "pretrain": assert list((folder/"pretrain.partial"/"checkpoints").glob("step_*"))
     assert phi4(stage, folder)[0] == 0
     assert fingerprints(folder)[stage] == fingerprints(tiny_run)[stage]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_interrupt_that_a_callback_ignores_comes_again(kept):
+    script = f"""
+import weakref, threading, signal, time
+from contextlib import nullcontext
+from phi4_ref import cli
+if not {kept}: cli.interrupts_kept = nullcontext
+def work():
+    thing = threading.Event()
+    watch = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    time.sleep(2)
+cli.report_mistakes(work)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == (130 if kept else 0), done.stderr
 
 
 def test_two_processes_in_one_directory(tiny_run, tmp_path):
