@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Positive', 'Count', 'CONFIGS', 'Section', 'WorldSource', 'Files', 'FilesSource', 'Teacher', 'Model',
-           'Curate', 'Synth', 'Training', 'Pretrain', 'Midtrain', 'SFT', 'PTS', 'DPO', 'PivotalDPO', 'JudgeDPO',
-           'Evaluate', 'Config', 'known_keys', 'explain', 'parse_value', 'override', 'numbers', 'load_config']
+           'Compute', 'Curate', 'Synth', 'Training', 'Pretrain', 'Midtrain', 'SFT', 'PTS', 'DPO', 'PivotalDPO',
+           'JudgeDPO', 'Evaluate', 'Config', 'known_keys', 'explain', 'parse_value', 'override', 'numbers',
+           'load_config']
 
 # %% ../nbs/01_config.ipynb #a48d7f90
 import difflib
@@ -93,6 +94,11 @@ class Model(Section):
         if self.num_attention_heads % self.num_key_value_heads: raise ValueError(f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads {self.num_key_value_heads}")
         return self
 
+class Compute(Section):
+    "How the model is computed: changes memory and speed, not results, so it may change between stages and parts of a run."
+    attention: Literal["auto", "eager", "sdpa", "flash"] = "auto"  # auto: the fastest for the device; flash needs flash-attn
+    activation_checkpointing: bool = False  # compute each layer again in the backward pass instead of keeping its inner values
+
 # %% ../nbs/01_config.ipynb #917b469e
 class Curate(Section):
     "Organic curation (phi-4 §2.3, App. B.1)."
@@ -147,6 +153,7 @@ class Pretrain(Training):
     fractions: dict[Literal["web", "web_rewrite", "synthetic", "code", "acquired"], Fraction]  # of the token budget
     validation_rows: Count = 0    # sequences of each source kept out of training, their loss logged with every checkpoint
     tokenizer: str | None = None  # a tokenizer directory; None trains one on the documents
+    document_mask: bool = False   # keep documents that share a row from seeing each other; in midtraining too
     max_chars: PositiveInt | None = None  # longer documents wait for midtraining, whose long data is newly curated (phi-4 §3.3)
 
     @model_validator(mode="after")
@@ -221,6 +228,7 @@ class Config(Section):
     collect: Annotated[WorldSource | FilesSource, Field(discriminator="kind")]
     teacher: Teacher
     model: Model
+    compute: Compute = Compute()
     curate: Curate
     synth: Synth
     pretrain: Pretrain

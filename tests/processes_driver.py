@@ -2,14 +2,16 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 
 import phi4_ref.train.checkpoint as checkpoint
-from phi4_ref.model.transformer import ModelConfig, Transformer
+from phi4_ref.model.transformer import Attention, ModelConfig, Transformer
 from phi4_ref.train.checkpoint import gathered
+from phi4_ref.train.data import share_of
 from phi4_ref.train.loop import TrainSettings, lm_loss, train
 from phi4_ref.train.pretrain import finish_stage
 
@@ -35,9 +37,9 @@ def model():
     torch.manual_seed(0)
     return Transformer(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32))
 
-def run(out, batches=None, **kw):
+def run(out, batches=None, settings=SETTINGS, **kw):
     m = model()
-    rows = train(m, batches or Ragged(), SETTINGS, out, loss=loss, save_every=2, validation=dict(a=Ragged().batch(99)), **kw)
+    rows = train(m, batches or Ragged(), settings, out, loss=loss, save_every=2, validation=dict(a=Ragged().batch(99)), **kw)
     return m, rows
 
 def sharded(m): return isinstance(m.lm_head.weight, DTensor)
@@ -49,6 +51,29 @@ def keep(out, m, rows):
     torch.save(dict(weights=whole.state_dict(), rows=rows, sharded=shards), Path(out)/'result.pt')
 
 def train_all(out): keep(out, *run(out))
+
+def train_bf16(out):
+    "Notes the widths in which weights and the residual stream come to a layer."
+    seen, forward = set(), Attention.forward
+    def noted(self, x_BTD, *rest):
+        seen.add(('normed', str(x_BTD.dtype)))
+        seen.add(('weight', str(self.qkv_proj.weight.dtype)))
+        return forward(self, x_BTD, *rest)
+    Attention.forward = noted
+    m, rows = run(out, settings=replace(SETTINGS, precision='bf16'))
+    rows[0]['seen'] = sorted(seen)
+    keep(out, m, rows)
+
+def train_parts(out):
+    "Batches that can make each process's rows alone, and refuse to make them all once training has begun."
+    class Parts(Ragged):
+        def part(self, step, rank, processes):
+            share = share_of(8, rank, processes)
+            return {k: v[share.start:share.stop] for k, v in Ragged.batch(self, step).items()}
+        def batch(self, step):
+            assert step in (0, STEPS - 1), 'the whole batch is asked for by the description only'
+            return super().batch(step)
+    keep(out, *run(out, Parts()))
 
 def train_part(out):
     "Stops after three steps, as a run does whose fourth batch cannot be read; the last checkpoint is that of step 2."

@@ -40,6 +40,15 @@ def test_two_processes_are_one(one, kind, tmp_path):
     assert not one['sharded'] and two['sharded'] == (kind != 'ddp')
     assert_same(one, two, 1e-4)
 
+def test_a_process_makes_its_own_rows(one, tmp_path): assert_same(one, launch('ddp', 'train_parts', tmp_path), 1e-4)
+
+def test_sharded_weights_travel_in_bf16(tmp_path):
+    "The result is that of one process within bfloat16's rounding; what is kept, and the residual stream, stay float32."
+    alone, two = launch(None, 'train_bf16', tmp_path/'one'), launch('fsdp2', 'train_bf16', tmp_path/'two')
+    assert ('weight', 'torch.bfloat16') in two['rows'][0]['seen'] and ('weight', 'torch.float32') in alone['rows'][0]['seen']
+    assert ('normed', 'torch.bfloat16') not in two['rows'][0]['seen'] and all(v.dtype == torch.float32 for v in two['weights'].values())
+    assert np.allclose([r['loss'] for r in alone['rows']], [r['loss'] for r in two['rows']], rtol=3e-3)
+
 @pytest.mark.parametrize('first, then', [('fsdp2', 'fsdp2'), ('ddp', 'ddp'), ('fsdp2', None), (None, 'fsdp2')])
 def test_stopped_and_continued(one, first, then, tmp_path):
     launch(first, 'train_part', tmp_path)

@@ -164,6 +164,16 @@ cli.report_mistakes(work)
     assert done.returncode == (130 if kept else 0), done.stderr
 
 
+def test_how_the_model_is_computed_may_change_between_stages(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "midtrain")
+    status, out, err = phi4("sft", folder, "compute.activation_checkpointing=true", "compute.attention=sdpa")
+    assert status == 0, err
+    one, other = (open_checkpoint(path/"sft")[0].state_dict() for path in (tiny_run, folder))
+    assert all(torch.allclose(one[k], other[k], atol=5e-3) for k in one) and any(not torch.equal(one[k], other[k]) for k in one)
+    err = complaint_of(phi4("pts", folder, "compute.attention=flash"))
+    assert "flash-attn" in err
+
+
 def test_two_processes_in_one_directory(tiny_run, tmp_path):
     folder = begun(tiny_run, tmp_path/"run", "collect")
     with artifact.only_one(folder): assert f"another process is working in {folder}" in complaint_of(phi4("curate", folder))

@@ -15,7 +15,7 @@ from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.data.shards import encode_documents, make_store, tokenize_documents
 from phi4_ref.model.pretrained import from_pretrained
 from phi4_ref.model.transformer import ModelConfig, Transformer
-from phi4_ref.train.data import MixtureBatches, SFTBatches, StreamRows, WholeRows, apportion, best_fit, epoch_entry, epoch_order, interleave, recall_mixture
+from phi4_ref.train.data import MixtureBatches, SFTBatches, StreamRows, WholeRows, apart, apportion, best_fit, collate, epoch_entry, epoch_order, interleave, recall_mixture
 from phi4_ref.train.loop import TrainSettings, lm_loss, lr_at, make_optimizer, plain_lm_loss, process_share, train
 from phi4_ref.train.midtrain import long_data, midtrain, padded_data, raise_rope
 from phi4_ref.train.pretrain import pretrain
@@ -121,6 +121,26 @@ def test_epochs_are_whole_permutations_and_counted():
     assert all(sorted(e) == list(range(200, 206)) for e in epochs) and len({tuple(e) for e in epochs}) > 3
     table = {r['source']: r for r in batches.epochs()}
     assert table['synthetic']['tokens'] == 400 and table['synthetic']['epochs'] == pytest.approx(40 / 6) and table['web']['epochs'] == .5
+
+def test_documents_apart_are_documents_alone():
+    "The loss of packed rows is that of each document by itself; without the option it is not."
+    model, rng = tiny(), np.random.default_rng(0)
+    documents = [np.append(rng.integers(1, 64, n), 0) for n in (5, 9, 3, 12, 7, 30, 4)]
+    def loss(document_end):
+        batch = MixtureBatches(dict(a=make_store(documents, 64)), dict(a=1.), 11, 1, 1, seed=0, document_end=document_end)
+        rows = [batch.rows['a'][i] for i in range(len(batch.rows['a']))]
+        parts = [collate([(r, r)]) for r in rows]
+        if document_end is not None: parts = [apart(p, document_end) for p in parts]
+        with torch.no_grad(): return sum(float(lm_loss(model, p)[0]) for p in parts), rows
+    masked, rows = loss(0)
+    pieces = [piece for r in rows for piece in np.split(r, np.flatnonzero(r == 0) + 1) if len(piece) > 1]
+    with torch.no_grad(): alone = sum(float(lm_loss(model, collate([(p, p)]))[0]) for p in pieces)
+    assert masked == pytest.approx(alone, rel=1e-5) and abs(loss(None)[0] - alone) > 1
+
+def test_a_part_is_its_rows_of_the_batch():
+    batches = MixtureBatches(STORES, MIX, 10, 4, 20, seed=0)
+    for step in (0, 7): assert torch.equal(torch.cat([batches.part(step, r, 2)['labels'] for r in range(2)]), batches.batch(step)['labels'])
+    with pytest.raises(ValueError, match='4 rows.*3 processes'): batches.part(0, 0, 3)
 
 def test_a_long_run_repeats_its_pattern(monkeypatch):
     batches = MixtureBatches(STORES, MIX, 10, 4, 20, seed=0)

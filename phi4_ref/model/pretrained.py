@@ -199,11 +199,12 @@ def from_pretrained(
     dtype=torch.float32,   # of the weights
     attention:str="auto",  # as for `Transformer`
     device="cpu",
+    activation_checkpointing:bool=False,  # as for `Transformer`
 )->Transformer:
     "Read a phi-3/phi-4 or Llama checkpoint, one file or sharded; ValueError says what is wrong with it."
     hf, tensors = open_tensors(path)
     config = from_hf_config(hf)
-    with torch.device("meta"): model = Transformer(config, attention)
+    with torch.device("meta"): model = Transformer(config, attention, activation_checkpointing)
     tensors = {name: read for name, read in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files keep the angles' speeds
     if config.tie_word_embeddings and (output := tensors.pop("lm_head.weight", None)) and not torch.equal(output(), tensors["model.embed_tokens.weight"]()):
         raise ValueError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 
 from ..model.tokenizer import chat_ids, text_ids
-from ..train.data import epoch_order
+from ..train.data import epoch_order, share_of
 from ..train.loop import TrainSettings, computes_bf16, train
 
 # %% ../../nbs/52_post.dpo.ipynb #4176f46c
@@ -176,9 +176,13 @@ class PairBatches:
 
     def batch(self, step:int)->dict:
         "The global batch of a step, always `batch_size` rows."
+        return self.part(step, 0, 1)
+
+    def part(self, step:int, rank:int, processes:int)->dict:
+        "The rows of that batch that one of several processes trains on."
         group, i = self.steps[step]
         rows, n = self.groups[group], len(self.groups[group])
-        at = [divmod(k, n) for k in range(i * self.batch_size, (i + 1) * self.batch_size)]
+        at = [divmod(k, n) for k in (i * self.batch_size + b for b in share_of(self.batch_size, rank, processes))]
         picked = [rows[epoch_order(n, 'answers' if group else 'tokens', epoch, self.seed)[j]] for epoch, j in at]
         return (collate_answers if group else collate_tokens)([r for r, _ in picked], [m for _, m in picked])
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORD', 'StreamRows', 'best_fit', 'WholeRows', 'epoch_order', 'scramble', 'round_keys', 'epoch_entry', 'apportion',
-           'interleave', 'collate', 'MixtureBatches', 'check_fractions', 'place', 'row', 'epochs', 'describe',
-           'recall_mixture', 'SFTBatches']
+           'interleave', 'collate', 'apart', 'share_of', 'MixtureBatches', 'check_fractions', 'place', 'row', 'epochs',
+           'describe', 'recall_mixture', 'SFTBatches']
 
 # %% ../../nbs/40_train.data.ipynb #944d977e
 import bisect
@@ -152,6 +152,28 @@ def collate(
         labels[b, :len(targets)] = targets
     return dict(input_ids=torch.from_numpy(input_ids), labels=torch.from_numpy(labels))
 
+# %% ../../nbs/40_train.data.ipynb #5fa1c8e2
+def apart(
+    batch:dict,        # as from `collate`
+    document_end:int,  # id that ends a document
+)->dict:               # with position_ids_BT that begin again after each end; no loss on first tokens
+    "A batch whose documents do not see each other."
+    ids_BT = batch['input_ids']
+    first_BT = torch.cat([torch.ones_like(ids_BT[:, :1]), (ids_BT == document_end)[:, :-1]], 1).bool()
+    place_T = torch.arange(ids_BT.shape[1])
+    return batch | dict(labels=batch['labels'].masked_fill(first_BT, -100), position_ids=place_T - (place_T * first_BT).cummax(1)[0])
+
+# %% ../../nbs/40_train.data.ipynb #8cd4fb05
+def share_of(
+    rows:int,       # of the global batch
+    rank:int,       # of this process, 0 .. processes - 1
+    processes:int,
+)->range:           # row numbers
+    "The rows of a global batch that fall to one process."
+    if rows % processes: raise ValueError(f'a batch of {rows} rows cannot be shared by {processes} processes: choose a multiple')
+    share = rows // processes
+    return range(rank * share, (rank + 1) * share)
+
 # %% ../../nbs/40_train.data.ipynb #e19c2122
 class MixtureBatches:
     "Batches that mix sources in fixed shares of tokens (phi-4 §3.2, Table 5), a pure function of (seed, step)."
@@ -164,11 +186,12 @@ class MixtureBatches:
         steps:int,        # how many batches
         seed:int,         # of the order
         whole:tuple=(),   # sources whose documents stay whole (`WholeRows`) instead of being cut as a stream
+        document_end:int=None,  # id after which the next document of a row begins: documents do not see each other (`apart`); None: they do
     ):
         check_fractions(stores, fractions)
         self.fractions = {s: fractions[s] for s in sorted(fractions) if fractions[s] > 0}
         self.rows = {s: (WholeRows if s in whole else StreamRows)(stores[s], context) for s in self.fractions}
-        self.context, self.batch_size, self.steps, self.seed = context, batch_size, steps, seed
+        self.context, self.batch_size, self.steps, self.seed, self.document_end = context, batch_size, steps, seed, document_end
         weights = [f / self.rows[s].tokens_per_row for s, f in self.fractions.items()]
         self.counts = apportion(weights, min(steps * batch_size, 2**20))
         self.pattern = interleave(self.counts)
@@ -177,8 +200,13 @@ class MixtureBatches:
 
     def batch(self, step):
         "The global batch of a step: input_ids_BT and labels_BT."
-        rows = [self.row(*self.place(step * self.batch_size + b)) for b in range(self.batch_size)]
-        return collate([(ids, ids) for ids in rows])
+        return self.part(step, 0, 1)
+
+    def part(self, step, rank, processes):
+        "The rows of that batch that one of several processes trains on."
+        rows = [self.row(*self.place(step * self.batch_size + b)) for b in share_of(self.batch_size, rank, processes)]
+        batch = collate([(ids, ids) for ids in rows])
+        return batch if self.document_end is None else apart(batch, self.document_end)
 
 # %% ../../nbs/40_train.data.ipynb #d8a187c0
 def check_fractions(
@@ -227,8 +255,9 @@ def describe(self:MixtureBatches,
 )->dict:  # JSON; equal for runs that read the same rows in the same order
     "What of the data must stay the same for a run to be continued."
     sources = {s: rows.store for s, rows in self.rows.items()}
+    masked = {} if self.document_end is None else dict(document_end=self.document_end)
     return {f'source {s}': f'{len(store):,} documents, {store.size:,} tokens, fingerprint {store.fingerprint}' for s, store in sources.items()} | dict(
-        fractions=self.fractions, context=self.context, batch_size=self.batch_size, data_seed=self.seed)
+        fractions=self.fractions, context=self.context, batch_size=self.batch_size, data_seed=self.seed) | masked
 
 MixtureBatches.describe = describe
 
@@ -267,7 +296,11 @@ class SFTBatches:
 
     def batch(self, step):
         "The global batch of a step: input_ids_BT and labels_BT."
-        rows = [self.example(step * self.batch_size + b) for b in range(self.batch_size)]
+        return self.part(step, 0, 1)
+
+    def part(self, step, rank, processes):
+        "The rows of that batch that one of several processes trains on, padded to their own longest."
+        rows = [self.example(step * self.batch_size + b) for b in share_of(self.batch_size, rank, processes)]
         return collate([(ids, np.where(mask, ids, -100)) for ids, mask in rows])
 
     def describe(self):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'FREE', 'TrainSettings', 'lr_at', 'param_groups', 'make_optimizer', 'plain_lm_loss', 'ChunkedCrossEntropy',
-           'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share', 'train_step',
-           'scale_gradients', 'is_spike', 'broken_rows', 'name_rows', 'cut_log', 'interrupt_flag', 'count_tokens',
-           'utilisation', 'account', 'hold_out', 'validate', 'make_accelerator', 'train']
+           'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share', 'own_rows',
+           'count_tokens', 'train_step', 'scale_gradients', 'is_spike', 'broken_rows', 'name_rows', 'cut_log',
+           'interrupt_flag', 'utilisation', 'account', 'hold_out', 'validate', 'make_accelerator', 'gather_bf16',
+           'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import json
@@ -25,13 +26,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list, gather_object, set_seed
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..data.shards import PartStore
 from ..model.transformer import flops_per_token
 from .checkpoint import background_group, describe_run, finish, restore, rng_state, save, set_rng_state
-from .data import StreamRows
+from .data import StreamRows, share_of
 from .devices import this_device
 
 # %% ../../nbs/41_train.loop.ipynb #ba0873c6
@@ -174,11 +176,20 @@ def process_share(
     micro:int,       # rows per forward pass; None: all
 )->list:             # micro-batches of this process
     "This process's rows of the global batch, cut into micro-batches."
-    rows = len(next(iter(batch.values())))
-    if rows % processes: raise ValueError(f'a batch of {rows} rows cannot be shared by {processes} processes: choose a multiple')
-    share = rows // processes
-    starts = range(rank * share, (rank + 1) * share, micro or share)
-    return [{k: v[at:min(at + (micro or share), (rank + 1) * share)] for k, v in batch.items()} for at in starts]
+    own = share_of(len(next(iter(batch.values()))), rank, processes)
+    return [{k: v[at:min(at + (micro or len(own)), own.stop)] for k, v in batch.items()} for at in own[::micro or len(own)]]
+
+def own_rows(batches, step:int, rank:int, processes:int)->dict:
+    "This process's rows of a step's batch; made without the others' where the batches can (`.part`)."
+    if processes > 1 and hasattr(batches, 'part'): return batches.part(step, rank, processes)
+    return process_share(batches.batch(step), rank, processes, None)[0]
+
+# %% ../../nbs/41_train.loop.ipynb #b497c949
+def count_tokens(
+    batch:dict,
+)->int:           # positions in its input_ids (and, for pairs, everything that ends so)
+    "Tokens that the model reads for this batch."
+    return sum(v.numel() for k, v in batch.items() if k.endswith('input_ids'))
 
 # %% ../../nbs/41_train.loop.ipynb #6321cbcc
 def train_step(
@@ -189,7 +200,7 @@ def train_step(
     settings:TrainSettings,
     recent:list=(),   # of `is_spike`
     stop:bool=False,  # this process wants to stop after the step
-)->dict:              # loss and metrics per target, grad_norm before clipping, targets, skipped (0 or 1), stop (anybody wants to)
+)->dict:              # loss and metrics per target, grad_norm before clipping, targets, tokens, skipped (0 or 1), stop (anybody wants to)
     "Forward, backward and update for one global batch; FloatingPointError before the update if anything is not finite."
     sums = {}
     for i, micro in enumerate(micros):
@@ -199,17 +210,17 @@ def train_step(
             total, count, metrics = objective(micro)
             accelerator.backward(total)
         for k, v in dict(loss=total, targets=count, **metrics).items(): sums[k] = sums.get(k, 0) + torch.as_tensor(v).detach().double()
-    values = torch.stack([*sums.values(), torch.as_tensor(float(stop)).to(total.device).double()])
-    row = dict(zip([*sums, 'stop'], accelerator.reduce(values, 'sum').tolist()))
-    targets, stop = int(row.pop('targets')), row.pop('stop') > 0
-    row = {k: v / max(1, targets) for k, v in row.items()} | dict(targets=targets)
+    values = [*sums.values(), *(torch.as_tensor(float(v), dtype=torch.float64).to(total.device) for v in (sum(map(count_tokens, micros)), stop))]
+    row = dict(zip([*sums, 'tokens', 'stop'], accelerator.reduce(torch.stack(values), 'sum').tolist()))
+    targets, tokens, stop = (int(row.pop(k)) for k in ('targets', 'tokens', 'stop'))
+    row = {k: v / max(1, targets) for k, v in row.items()} | dict(targets=targets, tokens=tokens)
     row['grad_norm'] = scale_gradients(optimizer, accelerator.num_processes / max(1, targets), settings.grad_clip)
     for k in ('loss', 'grad_norm'):
         if not math.isfinite(row[k]): raise FloatingPointError(f'{k} is {row[k]} (loss {row["loss"]}, gradient norm {row["grad_norm"]})')
     skipped = is_spike(recent, row, settings.skip_sigma)
     if not skipped: optimizer.step()
     optimizer.zero_grad()
-    return row | dict(skipped=int(skipped), stop=stop)
+    return row | dict(skipped=int(skipped), stop=stop > 0)
 
 # %% ../../nbs/41_train.loop.ipynb #7c498ad8
 def scale_gradients(
@@ -285,39 +296,31 @@ def interrupt_flag():
     try: yield flag
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../../nbs/41_train.loop.ipynb #b497c949
-def count_tokens(
-    batch:dict,   # of a global batch
-)->int:           # positions in its input_ids (and, for pairs, everything that ends so)
-    "Tokens that the model reads for this batch."
-    return sum(v.numel() for k, v in batch.items() if k.endswith('input_ids'))
-
 # %% ../../nbs/41_train.loop.ipynb #c55aec1e
 def utilisation(
     config,         # `ModelConfig`
-    batch:dict,
+    batch:dict,     # of this process
     seconds:float,  # that the step took
-    device,         # `train.devices.Device` of each process; None: not known
-    processes:int,
+    device,         # `train.devices.Device`; None: not known
 )->dict:            # {'mfu': share of the peak}, or nothing
-    "Model FLOPs utilisation of a step (PaLM, App. B)."
+    "Model FLOPs utilisation of a process in a step (PaLM, App. B)."
     if device is None: return {}
     widths = {v.shape[-1]: v.numel() for k, v in batch.items() if k.endswith('input_ids')}
     flops = sum(tokens * flops_per_token(config, width) for width, tokens in widths.items())
-    return dict(mfu=flops / seconds / device.peak_bf16_flops / processes)
+    return dict(mfu=flops / seconds / device.peak_bf16_flops)
 
 # %% ../../nbs/41_train.loop.ipynb #da421279
 def account(
     state:dict,     # step, tokens, seconds, recent, skipped; brought up to date
     row:dict,       # of `train_step`
-    batch:dict,     # the global batch
     lr:float,
     seconds:float,  # that the step took
 )->dict:            # the row of the log
     "Count a step, and order what the log says of it."
-    state |= dict(step=state['step'] + 1, tokens=state['tokens'] + count_tokens(batch), seconds=state['seconds'] + seconds,
+    tokens = row.pop('tokens')
+    state |= dict(step=state['step'] + 1, tokens=state['tokens'] + tokens, seconds=state['seconds'] + seconds,
                   skipped=state.get('skipped', 0) + row['skipped'], recent=[*state.get('recent', []), [row['loss'], row['grad_norm']]][-WINDOW:])
-    return dict(step=state['step'], lr=lr, **row, tokens=state['tokens'], tokens_per_s=count_tokens(batch) / seconds, seconds=state['seconds'])
+    return dict(step=state['step'], lr=lr, **row, tokens=state['tokens'], tokens_per_s=tokens / seconds, seconds=state['seconds'])
 
 # %% ../../nbs/41_train.loop.ipynb #c0dac98d
 def hold_out(
@@ -374,12 +377,19 @@ def make_accelerator(
     if state.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2: raise ValueError('launched with FSDP version 1: set fsdp_version: 2, as phi4_ref/configs/accelerate/fsdp2.yaml does')
     return accelerator
 
+# %% ../../nbs/41_train.loop.ipynb #b5c3f0a7
+def gather_bf16(accelerator, model):
+    "Under FSDP2 weights travel in bfloat16, half the bytes; gradients are added up, and the residual stream runs, in float32 as without it."
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding): module.register_forward_hook(lambda module, args, x: x.float())
+
 # %% ../../nbs/41_train.loop.ipynb #de0cf417
 FREE = ('micro_batch_size', 'tracker')  # settings that may change between parts of a run: they do not enter the result
 
 def train(
     model,                   # trained in place
-    batches,                 # `.batch(step)` -> dict of tensors, the global batch's rows first; `len()` -> steps
+    batches,                 # `.batch(step)` -> dict of tensors, the global batch's rows first; `len()` -> steps; perhaps `.part(step, rank, processes)`
     settings:TrainSettings,
     out_dir,                 # gets log.jsonl and checkpoints/
     *,
@@ -396,7 +406,9 @@ def train(
     set_seed(settings.seed)
     if not accelerator.is_fsdp2: model.to(accelerator.device)  # FSDP2 moves it layer by layer, as it shards: whole, it may not fit
     plain_optimizer = make_optimizer(model.train(), settings)
-    objective, optimizer = accelerator.prepare(Objective(model, loss, use_bf16(settings, accelerator.device)), plain_optimizer)
+    bf16 = use_bf16(settings, accelerator.device)
+    if bf16 and accelerator.is_fsdp2: gather_bf16(accelerator, model)
+    objective, optimizer = accelerator.prepare(Objective(model, loss, bf16), plain_optimizer)
     group, pending, device = background_group(), None, this_device(accelerator.device)
     state = restore(accelerator, out_dir, objective, plain_optimizer, describe_run(batches, settings, FREE), resume, group)
     accelerator.init_trackers('trackers', init_kwargs=dict(tensorboard=dict(purge_step=state['step'] + 1)))
@@ -405,16 +417,16 @@ def train(
          tqdm(total=steps, initial=state['step'], unit='step', disable=None if progress is None and main else not (progress and main)) as bar:
         try:
             for step in range(state['step'], steps):
-                start, batch, lr = time.perf_counter(), batches.batch(step), lr_at(step, steps, settings)
-                micros = process_share(batch, rank, processes, settings.micro_batch_size)
+                start, batch, lr = time.perf_counter(), own_rows(batches, step, rank, processes), lr_at(step, steps, settings)
+                micros = process_share(batch, 0, 1, settings.micro_batch_size)
                 for param_group in optimizer.param_groups: param_group['lr'] = lr
                 try: row = train_step(accelerator, objective, optimizer, micros, settings, state.get('recent', ()), stop.is_set())
                 except FloatingPointError as e:
-                    bad = broken_rows(accelerator, objective, micros, rank * len(next(iter(batch.values()))) // processes)
+                    bad = broken_rows(accelerator, objective, micros, rank * len(next(iter(batch.values()))))
                     raise FloatingPointError(f'step {step + 1}: {e}, from {name_rows(batches, step, bad)}. The weights are those of step {step}; '
                                              f'the newest checkpoint in {out_dir}/checkpoints is from before it') from None
                 stopped, seconds = row.pop('stop'), time.perf_counter() - start
-                row = account(state, row, batch, lr, seconds) | utilisation(getattr(model, 'config', None), batch, seconds, device, processes)
+                row = account(state, row, lr, seconds) | utilisation(getattr(model, 'config', None), batch, seconds, device)
                 planned = (step + 1) % save_every == 0 or step + 1 == steps
                 if planned: row |= validate(accelerator, objective, validation or {}, settings.micro_batch_size)
                 rows.append(row)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.mixture import LONG_SOURCES, select_long
-from ..data.shards import JoinedStore, open_stores, pick
+from ..data.shards import JoinedStore, end_of_document, open_stores, pick
 from ..model.pretrained import from_pretrained
 from ..model.transformer import Transformer
 from .data import MixtureBatches, recall_mixture
@@ -70,6 +70,7 @@ def midtrain(
     long_tokens:int,         # as in `long_data` (phi-4: 8K)
     long_fraction:float=.3,  # share of the long documents in the tokens
     long=long_data,          # which documents fill that share; `padded_data` is the paper's control
+    document_mask:bool=False,  # as in `pretrain`
     seed:int=0,              # of the order of the data
     save_every:int=100,      # steps between checkpoints
     progress:bool=None,      # as in `train`
@@ -80,6 +81,7 @@ def midtrain(
     model = from_pretrained(model) if isinstance(model, (str, Path)) else model
     stores = open_stores(data, tokenizer)
     stores['long'] = long(stores, long_tokens, context)
-    batches = MixtureBatches(stores, recall_mixture(fractions, long_fraction), context, batch_size, steps, seed, whole=('long',))
+    batches = MixtureBatches(stores, recall_mixture(fractions, long_fraction), context, batch_size, steps, seed, whole=('long',),
+                             document_end=end_of_document(tokenizer) if document_mask else None)
     rows = train(raise_rope(model, rope_theta, context), batches, settings, out_dir, save_every=save_every, progress=progress)
     return finish_stage(model, tokenizer, out_dir, rows, mixture=batches.epochs())

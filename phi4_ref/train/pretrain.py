@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..data.shards import open_stores
+from ..data.shards import end_of_document, open_stores
 from ..model.pretrained import save_pretrained
 from ..model.transformer import ModelConfig, Transformer
 from .checkpoint import gathered
@@ -54,6 +54,8 @@ def pretrain(
     batch_size:int,          # rows in a step over all processes (phi-4: 5,760)
     seed:int=0,              # of the initial weights and the order of the data
     validation_rows:int=0,   # of each source, kept out of training
+    document_mask:bool=False,  # keep the documents of a row from seeing each other (the paper does not say)
+    attention:str='auto', activation_checkpointing:bool=False,  # as for `Transformer`
     save_every:int=100,      # steps between checkpoints
     progress:bool=None,      # as in `train`
 )->dict:                     # steps, tokens, seconds, losses, and the mixture as it was read
@@ -62,8 +64,8 @@ def pretrain(
     if steps < 1: raise ValueError(f'{tokens} tokens are less than one step of {batch_size} rows of {context}: raise the budget or lower the batch')
     stores, validation = open_stores(data, tokenizer), {}
     if validation_rows: stores, validation = hold_out(stores, validation_rows, context)
-    batches = MixtureBatches(stores, fractions, context, batch_size, steps, seed)
+    batches = MixtureBatches(stores, fractions, context, batch_size, steps, seed, document_end=end_of_document(tokenizer) if document_mask else None)
     torch.manual_seed(seed)
-    model = Transformer(config)
+    model = Transformer(config, attention, activation_checkpointing)
     rows = train(model, batches, settings, out_dir, validation=validation, save_every=save_every, progress=progress)
     return finish_stage(model, tokenizer, out_dir, rows, mixture=batches.epochs())
