@@ -93,6 +93,7 @@ VERBS_HELP = {
     "synth": "Synthetic data by the techniques of section 2.2.",
     "pretrain": "A base model on the mixture of Table 5.",
     "midtrain": "Extend the context (section 3.3).",
+    "sft_data": "The chats to fine-tune on, refusals among them (sections 2.4 and 4.1, App. A.1).",
     "sft": "Fine-tune on chats (section 4.1).",
     "pts": "Pivotal token search (section 4.3, Figure 4).",
     "dpo": "DPO stage 1 on pivotal pairs, and its controls.",

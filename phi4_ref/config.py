@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Positive', 'Count', 'CONFIGS', 'Section', 'WorldSource', 'Files', 'FilesSource', 'Teacher', 'Model',
-           'Compute', 'Curate', 'Synth', 'Training', 'Pretrain', 'Midtrain', 'SFT', 'PTS', 'DPO', 'PivotalDPO',
-           'JudgeDPO', 'Evaluate', 'Config', 'known_keys', 'explain', 'parse_value', 'override', 'numbers',
-           'load_config']
+           'Compute', 'Curate', 'Synth', 'Training', 'Pretrain', 'Midtrain', 'SFTData', 'SFT', 'PTS', 'DPO',
+           'PivotalDPO', 'JudgeDPO', 'Evaluate', 'Config', 'known_keys', 'explain', 'parse_value', 'override',
+           'numbers', 'load_config']
 
 # %% ../nbs/01_config.ipynb #a48d7f90
 import difflib
@@ -26,9 +26,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
+    @classmethod
     def _no_truth_values(cls, values):
         for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool): raise ValueError(f"{key} should be a value, not {str(value).lower()}")
+            if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool: raise ValueError(f"{key} should be a value, not {str(value).lower()}")
         return values
 
 # %% ../nbs/01_config.ipynb #8ec4c567
@@ -167,12 +168,15 @@ class Midtrain(Training):
     long_fraction: Fraction    # of the tokens; the rest recalls the pretraining mixture
     long_tokens: PositiveInt   # a document is long from this length
 
-class SFT(Training):
-    "Supervised fine-tuning (phi-4 §4.1)."
+class SFTData(Section):
+    "The data of fine-tuning (phi-4 §2.4, §4.1, App. A.1)."
     candidates: PositiveInt    # sampled per question, best kept (phi-4 §2.4)
     questions: Count           # teacher-answered questions added to the organic chats
     refusal_questions: Count   # trivia questions of App. A.1
     refusal_samples: PositiveInt  # answers per trivia question, to measure what the model knows
+
+class SFT(Training):
+    "Supervised fine-tuning (phi-4 §4.1)."
 
 # %% ../nbs/01_config.ipynb #23353c1c
 class PTS(Section):
@@ -233,6 +237,7 @@ class Config(Section):
     synth: Synth
     pretrain: Pretrain
     midtrain: Midtrain
+    sft_data: SFTData
     sft: SFT
     pts: PTS
     dpo: PivotalDPO

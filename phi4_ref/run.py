@@ -6,9 +6,10 @@
 __all__ = ['CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'computed', 'Stage', 'make_world', 'make_teacher', 'collect',
            'curate_texts', 'curate', 'synthesise', 'is_first', 'train_settings', 'training_documents',
            'open_checkpoint', 'pretraining_data', 'pretrain', 'stress', 'midtrain', 'BaseModelLLM', 'best_answers',
-           'refusals', 'sft', 'pts', 'pair_tokens', 'preference_stage', 'with_refusals', 'pivotal_pairs', 'dpo',
-           'dpo_shuffled', 'dpo_full', 'judge', 'judged', 'stage2_only', 'final', 'asked_of', 'evaluate_checkpoint',
-           'evaluate', 'report', 'chosen', 'check_all', 'needs_again', 'together', 'run_stage', 'keep_config', 'run']
+           'refusals', 'sft_data', 'sft', 'pts', 'pair_tokens', 'preference_stage', 'with_refusals', 'pivotal_pairs',
+           'dpo', 'dpo_shuffled', 'dpo_full', 'judge', 'judged', 'stage2_only', 'final', 'asked_of',
+           'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'needs_again', 'together', 'run_stage',
+           'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
 import glob
@@ -276,26 +277,29 @@ def refusals(c, inputs, out, llm):
     "What the base model knows, and the conversations and pairs that follow from it (phi-4 App. A.1); kept in `out`."
     from phi4_ref.post.refusal import refusal_dpo, refusal_sft, sample_knowledge, write_texts
     model, tokenizer = open_checkpoint(inputs["midtrain"], **c.compute)
-    trivia = load(inputs["collect"]/"trivia.parquet", QUESTION)[:c.sft.refusal_questions]
+    trivia = load(inputs["collect"]/"trivia.parquet", QUESTION)[:c.sft_data.refusal_questions]
     if not trivia: return [], {}
-    known = sample_knowledge(trivia, BaseModelLLM(model, tokenizer), c.sft.refusal_samples, seed=c.seed)
+    known = sample_knowledge(trivia, BaseModelLLM(model, tokenizer), c.sft_data.refusal_samples, seed=c.seed)
     texts, counts = write_texts(trivia, llm, c.seed)
     save(out/"refusal_pairs.parquet", refusal_dpo(known, texts, tokenizer), PREFERENCE)
     return refusal_sft(known, texts), counts | {"usually right": sum(r["p_right"] > 0.5 for r in known)}
 
 # %% ../nbs/70_run.ipynb #5a2d5791
+def sft_data(c, inputs, out):
+    "What fine-tuning learns from: people's and synthetic chats, the best of several answers, refusals (phi-4 §2.4, §4.1, App. A.1)."
+    llm, s = make_teacher(c, out/"replies.sqlite"), c.sft_data
+    rows = load(inputs["collect"]/"conversations.parquet", CONVERSATION) + load(inputs["synth"]/"conversations.parquet", CONVERSATION)
+    rows += best_answers(load(inputs["synth"]/"questions.parquet", QUESTION)[:s.questions], llm, s.candidates, c.seed)
+    refused, counts = refusals(c, inputs, out, llm)
+    save_json(out/"refusal_counts.json", counts)
+    save(out/"conversations.parquet", rows + refused, CONVERSATION)
+    return {"chats": len(rows), "refusals": len(refused)}
+
 def sft(c, inputs, out):
-    "A chat model (phi-4 §4.1, App. A.1)."
+    "A chat model (phi-4 §4.1)."
     from phi4_ref.train.sft import sft as run_sft
-    llm, s = make_teacher(c, out/"replies.sqlite"), c.sft
-    chats = load(inputs["collect"]/"conversations.parquet", CONVERSATION) + load(inputs["synth"]/"conversations.parquet", CONVERSATION)
-    chats += best_answers(load(inputs["synth"]/"questions.parquet", QUESTION)[:s.questions], llm, s.candidates, c.seed)
-    if not (out/"conversations.parquet").exists():
-        refused, counts = refusals(c, inputs, out, llm)
-        save_json(out/"refusal_counts.json", counts)
-        save(out/"conversations.parquet", chats + refused, CONVERSATION)
-    model, tokenizer = open_checkpoint(inputs["midtrain"], **c.compute)
-    return run_sft(model, load(out/"conversations.parquet", CONVERSATION), tokenizer, train_settings(s, c.seed), out, tokens=s.tokens, context=s.context,
+    s, (model, tokenizer) = c.sft, open_checkpoint(inputs["midtrain"], **c.compute)
+    return run_sft(model, load(inputs["sft_data"]/"conversations.parquet", CONVERSATION), tokenizer, train_settings(s, c.seed), out, tokens=s.tokens, context=s.context,
                    batch_size=s.batch_size, seed=c.seed, save_every=s.save_every)
 
 # %% ../nbs/70_run.ipynb #3be41549
@@ -341,7 +345,7 @@ def preference_stage(c, section, start:Path, pairs, out, kind, epochs=None):
 def with_refusals(pairs, inputs, fraction, seed):
     "Pairs with a share of the run's refusal pairs (phi-4 §4.2, App. A.1)."
     from phi4_ref.post.dpo import mix
-    refused = inputs["sft"]/"refusal_pairs.parquet"
+    refused = inputs["sft_data"]/"refusal_pairs.parquet"
     return mix(pairs, load(refused, PREFERENCE) if refused.exists() else [], fraction, seed)
 
 def pivotal_pairs(c, inputs, shuffled=False):
@@ -375,7 +379,7 @@ def judge(c, inputs, out):
     teacher = make_teacher(c, out/"replies.sqlite")
     model, tokenizer = open_checkpoint(inputs["dpo"], **c.compute)
     asked = {}
-    for row in load(inputs["sft"]/"conversations.parquet", CONVERSATION): asked.setdefault(row["messages"][0]["content"], row["messages"][:1])
+    for row in load(inputs["sft_data"]/"conversations.parquet", CONVERSATION): asked.setdefault(row["messages"][0]["content"], row["messages"][:1])
     prompts = list(asked.values())[:c.judge.prompts]
     replies = collect_replies(prompts, [(teacher, 1), (ModelChat(model, tokenizer, "dpo"), c.judge.samples)], temperature=c.judge.temperature,
                               max_tokens=c.judge.max_new_tokens, seed=c.seed)
@@ -442,18 +446,19 @@ STAGES = [
     Stage("synth", synthesise, ("synth", *TEACHER), ("collect", "curate")),
     Stage("pretrain", pretrain, ("model", "pretrain"), ("curate", "synth")),
     Stage("midtrain", midtrain, ("midtrain", "pretrain"), ("curate", "synth", "pretrain")),
-    Stage("sft", sft, ("sft", *TEACHER), ("collect", "synth", "midtrain")),
+    Stage("sft_data", sft_data, ("sft_data", *TEACHER), ("collect", "synth", "midtrain")),
+    Stage("sft", sft, ("sft",), ("sft_data", "midtrain")),
     Stage("pts", pts, ("pts",), ("synth", "sft")),
-    Stage("dpo", dpo, ("dpo",), ("sft", "pts")),
-    Stage("dpo_shuffled", dpo_shuffled, ("dpo",), ("sft", "pts")),
-    Stage("dpo_full", dpo_full, ("dpo",), ("sft", "pts")),
-    Stage("judge", judge, ("judge", *TEACHER), ("sft", "dpo")),
-    Stage("stage2_only", stage2_only, ("judge",), ("sft", "judge")),
-    Stage("final", final, ("judge",), ("dpo", "judge")),
+    Stage("dpo", dpo, ("dpo",), ("sft_data", "sft", "pts")),
+    Stage("dpo_shuffled", dpo_shuffled, ("dpo",), ("sft_data", "sft", "pts")),
+    Stage("dpo_full", dpo_full, ("dpo",), ("sft_data", "sft", "pts")),
+    Stage("judge", judge, ("judge", *TEACHER), ("sft_data", "dpo")),
+    Stage("stage2_only", stage2_only, ("judge",), ("sft_data", "sft", "judge")),
+    Stage("final", final, ("judge",), ("sft_data", "dpo", "judge")),
     Stage("eval", evaluate, ("evaluate",), ("collect", *CHECKPOINTS.values())),
     Stage("report", report, (), ("eval",)),
 ]
-VERBS = {"dpo": ["dpo", "dpo_shuffled", "dpo_full"], "judge": ["judge", "stage2_only", "final"]}  # any other verb is its own stage
+VERBS = {"sft": ["sft_data", "sft"], "dpo": ["dpo", "dpo_shuffled", "dpo_full"], "judge": ["judge", "stage2_only", "final"]}  # any other verb is its own stage
 
 def chosen(
     config:Config,
@@ -487,7 +492,7 @@ def needs_again(folder, stage, config, inputs):
     return not same_inputs or bool(artifact.differences(done["config"], stage.settings(config)))
 
 # %% ../nbs/70_run.ipynb #54f04663
-TRAINED = ("pretrain", "midtrain", "dpo", "dpo_shuffled", "dpo_full", "stage2_only", "final")  # stages that many processes can share
+TRAINED = ("pretrain", "midtrain", "sft", "dpo", "dpo_shuffled", "dpo_full", "stage2_only", "final")  # stages that many processes can share
 
 def together(
     stage:Stage,

@@ -21,7 +21,7 @@ from phi4_ref.train import pretrain
 
 from tiny import TINY, phi4, start
 
-STAGES = ["collect", "curate", "synth", "pretrain", "midtrain", "sft", "pts", "dpo", "dpo_shuffled", "dpo_full", "judge", "stage2_only", "final", "eval", "report"]
+STAGES = ["collect", "curate", "synth", "pretrain", "midtrain", "sft_data", "sft", "pts", "dpo", "dpo_shuffled", "dpo_full", "judge", "stage2_only", "final", "eval", "report"]
 
 
 def manifests(folder): return {stage: json.loads((folder/stage/"manifest.json").read_text()) for stage in STAGES if (folder/stage).exists()}

@@ -29,7 +29,7 @@ from ..post.pts import figure3
 from ..records import load, load_json
 
 # %% ../../nbs/65_eval.report.ipynb #bea3fe3d
-STAGES = ('collect', 'curate', 'synth', 'pretrain', 'midtrain', 'sft', 'pts', 'dpo', 'dpo_shuffled', 'dpo_full', 'judge',
+STAGES = ('collect', 'curate', 'synth', 'pretrain', 'midtrain', 'sft_data', 'sft', 'pts', 'dpo', 'dpo_shuffled', 'dpo_full', 'judge',
           'stage2_only', 'final', 'eval')
 CHECKPOINTS = {'base': 'base', 'midtrained': 'midtrained', 'sft': 'SFT', 'dpo': 'DPO stage 1', 'stage2_only': 'stage 2 only', 'final': 'stages 1+2'}
 TABLE_9_COLUMN = {'sft': 'SFT', 'dpo': 'stage 1', 'stage2_only': 'stage 2 only', 'final': 'stages 1+2'}
