@@ -2,7 +2,7 @@
 
     python tests/bench/generate_throughput.py [--quick]
 
-Toy-sized random weights, one checkpoint for all, float32 on the CPU. Prefixes of 30 to 90 tokens, each sampled thirty times, completions that end at random
+Random weights of the shape of `phi4 run toy`, one checkpoint for all, float32 on the CPU. Prefixes of 30 to 90 tokens, each sampled thirty times, completions that end at random
 after about 50 tokens or at 160 tokens in all, temperature 1 and top-p 1. Three rows: our model in our engine, transformers' model in our engine, and
 transformers' model in its own `generate`, which pads on the left and samples a batch of 256 until its last row has ended. Only tokens up to a row's end
 are counted, for all. Rounds alternate, so that a busy machine slows all three.
@@ -12,6 +12,7 @@ import argparse, platform, random, statistics, tempfile, time
 import torch, transformers
 from transformers import AutoModelForCausalLM
 
+from phi4_ref.config import load_config
 from phi4_ref.model.generate import generate
 from phi4_ref.model.pretrained import save_pretrained
 from phi4_ref.model.transformer import ModelConfig, Transformer
@@ -39,7 +40,7 @@ def theirs(model, prompts):
 def main(quick):
     transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0); random.seed(0)
-    ours = Transformer(ModelConfig(1536, 192, 6, 6, 2, 512, 1024, pad_token_id=PAD))
+    ours = Transformer(ModelConfig(**load_config("toy").model.model_dump(), max_position_embeddings=1024, pad_token_id=PAD))
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(ours, folder + "/m")
         peer = AutoModelForCausalLM.from_pretrained(folder + "/m").eval()

@@ -27,7 +27,7 @@ MAXRSS = 1 << (10 if sys.platform == 'linux' else 0)  # bytes in a unit of ru_ma
 def make_run(folder:Path, seed:int, changes:list[str])->None:
     "Make or finish one run as a process of its own, and keep the largest memory it has needed in memory.json."
     done, path = (folder/'report/manifest.json').exists(), folder.with_name(f'{folder.name}.memory.json')
-    process = subprocess.Popen([Path(sys.executable).with_name('phi4'), 'run', 'toy', f'seed={seed}', f'out={folder}', *changes])
+    process = subprocess.Popen([sys.executable, '-m', 'phi4_ref.cli', 'run', 'toy', f'seed={seed}', f'out={folder}', *changes])
     _, status, used = os.wait4(process.pid, 0)  # its own usage, where RUSAGE_CHILDREN would give the largest child so far
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode: raise SystemExit(f'toy_seeds: the run of seed {seed} ended with status {process.returncode}, see above; what is finished is kept')

@@ -2,7 +2,7 @@
 
     python tests/bench/train_throughput.py [--size toy|medium] [--quick]
 
-The same network of random weights for all (toy: 2.7M parameters, 32 rows of 256 tokens a step; medium: 44M, 8 rows of 1,024), AdamW, clipping, and bfloat16
+The same network of random weights for all (toy: model and batch of `phi4 run toy`; medium: 44M parameters, 8 rows of 1,024 tokens a step), AdamW, clipping, and bfloat16
 autocast where the machine computes in it. `Trainer` trains `Phi3ForCausalLM`; the plain loop is get_batch, forward, `cross_entropy` of all logits, backward,
 clip, step, with PyTorch's fused attention. Each has a process of its own, which waits while another's steps are timed, so that a busy machine slows all three
 alike. Time is from one step's beginning to the next one's, with everything a loop does between. Memory is the process's peak above what it
@@ -14,11 +14,14 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # a waiting process must no
 import torch, transformers
 import torch.nn.functional as F
 
+from phi4_ref.config import load_config
 from phi4_ref.model.transformer import ModelConfig, Transformer, count_parameters
 from phi4_ref.train.data import MixtureBatches, make_store
 from phi4_ref.train.loop import TrainSettings, computes_bf16, lm_loss, make_optimizer, train
 
-SIZES = dict(toy=(ModelConfig(1536, 192, 6, 6, 2, 512, 256), 32, 256), medium=(ModelConfig(16_384, 512, 8, 8, 2, 1792, 1024), 8, 1024))
+TOY = load_config('toy')
+SIZES = dict(toy=(ModelConfig(**TOY.model.model_dump(), max_position_embeddings=TOY.pretrain.context), TOY.pretrain.batch_size, TOY.pretrain.context),
+             medium=(ModelConfig(16_384, 512, 8, 8, 2, 1792, 1024), 8, 1024))
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 BF16 = computes_bf16(DEVICE)
 
