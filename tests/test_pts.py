@@ -187,7 +187,7 @@ def test_confirmed_pivots_are_true_and_the_rest_is_mostly_not():
     """A false pivot truly changes p by less than the margin; at most 5% of the confirmed ones may be (here: of hundreds, with the slack of three standard errors)."""
     trees = forest(300, seed=8)
     proposed, _, counts = run(trees, n_samples=12, filter_samples=12, p_gap=.15)
-    pairs, _, counts = run(trees, n_samples=12, filter_samples=12, p_gap=.15, n_fresh=80)
+    pairs, _, counts = run(trees, n_samples=12, filter_samples=12, p_gap=.15, n_fresh=80, margin=.15)
     inside = lambda r: not isinstance(pts.tree_at(trees[r['prompt_ids'][0]][1], r['prompt_ids'][1:]), bool) and r['meta']['pivot_token_id'] in pts.tree_at(trees[r['prompt_ids'][0]][1], r['prompt_ids'][1:])
     false = lambda rows: [abs(pivot_truth(trees, r)) < .15 for r in rows if inside(r)]
     assert counts['candidates'] == len(proposed) and counts['pairs'] == len(pairs) > 60 and counts['confirming_tokens'] > 0

@@ -43,7 +43,7 @@ def test_more_successes_of_a_are_more_evidence(na, nb, margin):
 
 def test_a_larger_margin_is_harder_to_exceed_and_no_sample_is_no_evidence():
     course = [p_value((30, 27), (30, 6), m / 20) for m in range(20)]
-    assert course == sorted(course) and course[0] < 1e-6 and course[-1] == 1
+    assert course == sorted(course) and course[0] < 1e-6 and course[-1] > .99
     assert p_value((0, 0), (9, 1)) == p_value((9, 9), (0, 0)) == p_value((9, 9), (9, 0), 1.) == 1 and wilson((0, 0)) == (0, 1)
     low, high = newcombe((50, 40), (40, 10))
     assert low < .55 < high and newcombe((40, 10), (50, 40)) == pytest.approx((-high, -low))

@@ -64,7 +64,7 @@ def all_p_values(
     "The exact test for every outcome that two samples can have."
     ka, kb = np.arange(na + 1.)[:, None], np.arange(nb + 1.)[None]
     scores = score(*np.broadcast_arrays(ka, float(na), kb, float(nb)), margin).ravel()
-    q = (1 - margin) * np.arange(1, 100) / 100
+    q = np.linspace(0, 1 - margin, 101)
     chances = binom.pmf(ka.T, na, (q + margin)[:, None])[:, :, None] * binom.pmf(kb, nb, q[:, None])[:, None]
     order = np.argsort(-scores)
     reached = chances.reshape(len(q), -1)[:, order].cumsum(1).max(0)
