@@ -134,7 +134,7 @@ def pts(
         from phi4_ref.post.dataset import open_model, pts_dataset, read_questions
         questions = read_questions(data, question_column, answer_column, limit)
         counts = pts_dataset(*open_model(model), questions, Path(out), model_id=model, dataset_id=data, max_total=max_total, temperature=temperature, top_p=top_p, n_samples=samples, filter_samples=samples,
-                             trajectories=trajectories, segments=segments if segments == "complete" else int(segments), p_gap=p_gap, n_fresh=fresh, seed=seed)
+                             trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, n_fresh=fresh, seed=seed)
         print(f"{out}: {counts['pairs']} pairs from {counts['in_band']} of {counts['questions']} questions, {counts['candidates']} candidates, {counts['rollouts']:,} rollouts")
     def of_run():
         keep_memory()
