@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'app', 'Target', 'Changes', 'Force', 'VERBS_HELP', 'keep_memory', 'find_config', 'interrupts_kept',
-           'report_mistakes', 'add_verb', 'plan', 'stress', 'reply', 'chat', 'main']
+           'report_mistakes', 'add_verb', 'pts_options', 'pts', 'plan', 'stress', 'reply', 'chat', 'main']
 
 # %% ../nbs/71_cli.ipynb #2355abff
 import os
@@ -101,7 +101,46 @@ VERBS_HELP = {
     "eval": "Every checkpoint on every benchmark.",
     "report": "report.md with tables and pictures.",
 }
-for verb, line in VERBS_HELP.items(): add_verb(verb, line)
+for verb, line in VERBS_HELP.items():
+    if verb != "pts": add_verb(verb, line)  # see below
+
+# %% ../nbs/71_cli.ipynb #8e1f2a31
+def pts_options(
+    model:str, data:str, out:str,  # None where not given
+)->None:
+    "ValueError unless all three are there."
+    missing = [f"--{name}" for name, value in dict(model=model, data=data, out=out).items() if value is None]
+    if missing: raise ValueError(f"a search on a model of your own needs --model, --data and --out: {' and '.join(missing)} missing; on a run, `phi4 pts RUN`")
+
+@app.command(help="Pivotal token search (section 4.3, Figure 4): of a run, or of any model with --model, --data and --out.")
+def pts(
+    target:Annotated[str, typer.Argument(help="A configuration or a run directory; none with --model.", metavar="[CONFIG-OR-RUN]")]=None, changes:Changes=None, force:Force=False,
+    model:Annotated[str, typer.Option(help="Any causal language model: a directory or a hub name.")]=None,
+    data:Annotated[str, typer.Option(help="Questions: .jsonl, .parquet, a glob, or a hub data set.")]=None,
+    out:Annotated[str, typer.Option(help="Directory of the data set to be made.")]=None,
+    question_column:str="question", answer_column:str="answer",
+    limit:Annotated[int, typer.Option(min=1, help="At most so many questions.")]=None,
+    samples:Annotated[int, typer.Option(min=2, help="Rollouts for each estimate of p(success).")]=20,
+    fresh:Annotated[int, typer.Option(min=0, help="Most fresh rollouts that confirm a pivot; 0: not confirmed.")]=60,
+    trajectories:Annotated[int, typer.Option(min=1, help="Completions searched for each question.")]=1,
+    segments:Annotated[str, typer.Option(help="Parts of a completion that the search begins with; complete: every token.")]="complete",
+    p_gap:Annotated[float, typer.Option(min=0, max=1)]=.2,
+    temperature:Annotated[float, typer.Option(min=0.01)]=1., top_p:Annotated[float, typer.Option(min=0.01, max=1)]=1.,
+    max_total:Annotated[int, typer.Option(min=8, help="Prompt and completion together, tokens.")]=512, seed:int=0,
+):
+    def own():
+        pts_options(model, data, out)
+        keep_memory()
+        from phi4_ref.post.dataset import open_model, pts_dataset, read_questions
+        questions = read_questions(data, question_column, answer_column, limit)
+        counts = pts_dataset(*open_model(model), questions, Path(out), model_id=model, dataset_id=data, max_total=max_total, temperature=temperature, top_p=top_p, n_samples=samples, filter_samples=samples,
+                             trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, n_fresh=fresh, seed=seed)
+        print(f"{out}: {counts['pairs']} pairs from {counts['in_band']} of {counts['questions']} questions, {counts['candidates']} candidates, {counts['rollouts']:,} rollouts")
+    def of_run():
+        keep_memory()
+        from phi4_ref.run import run
+        run(find_config(target, changes or []), "pts", force=force)
+    report_mistakes(own if target is None else of_run)
 
 # %% ../nbs/71_cli.ipynb #3d88a6aa
 @app.command(help="Memory, time and cost of a run before it is started.")

@@ -185,6 +185,9 @@ class PTS(Section):
     filter_samples: Annotated[int, Field(ge=2)]  # completions per question in the filter
     samples: Annotated[int, Field(ge=2)]         # completions per estimate of p(success)
     trajectories: PositiveInt  # searched per kept question
+    segments: PositiveInt | Literal["complete"] = 1  # parts of a trajectory that the search begins with; complete: every token
+    fresh: Count = 0           # most fresh rollouts that confirm a pivot; 0: not confirmed
+    fdr: Fraction = 0.05       # false discovery rate among the confirmed
     p_gap: Fraction
     low: Fraction
     high: Fraction

@@ -140,28 +140,102 @@ def test_results_do_not_depend_on_the_company_and_do_on_the_seed():
 
 
 def test_killed_at_any_call_and_continued_it_is_the_unbroken_search(tmp_path):
-    trees, base = forest(12), None
+    trees = forest(12)
     class Killed(Exception): pass
-    whole = run(trees, chunk_size=4)
-    for limit in range(1, 12):
-        left = [limit]
+    whole = run(trees, chunk_size=4, n_fresh=40)
+    for limit in range(1, 16):
+        left, file = [limit], tmp_path/f'{limit}.sqlite'
         def sampler(*args):
             left[0] -= 1
             if left[0] < 0: raise Killed
             return pts.tree_sampler(trees)(*args)
-        try: run(trees, sampler, chunk_size=4, work_dir=tmp_path/str(limit))
+        try: run(trees, pts.stored(sampler, file, 'trees'), chunk_size=4, n_fresh=40)
         except Killed: pass
-        assert not list((tmp_path/str(limit)).glob('*.part')) if (tmp_path/str(limit)).exists() else True
-        assert run(trees, chunk_size=4, work_dir=tmp_path/str(limit)) == whole
+        assert run(trees, pts.stored(pts.tree_sampler(trees), file, 'trees'), chunk_size=4, n_fresh=40) == whole
 
 
-def test_a_finished_chunk_is_not_sampled_again_and_other_settings_are_refused(tmp_path):
+def counting(trees):
+    drawn = []
+    def sampler(prompts, seeds, max_total):
+        drawn.append(len(prompts))
+        return pts.tree_sampler(trees)(prompts, seeds, max_total)
+    return sampler, drawn
+
+
+def test_stored_rollouts_are_not_drawn_again_and_a_larger_search_adds_to_them(tmp_path):
     trees = forest(6)
-    first = run(trees, work_dir=tmp_path)
-    def never(*args): raise AssertionError('sampled again')
-    assert run(trees, never, work_dir=tmp_path) == first
-    with pytest.raises(ValueError, match='p_gap'): run(trees, work_dir=tmp_path, p_gap=.3)
-    with pytest.raises(ValueError, match='questions'): run(dict(list(trees.items())[1:]), work_dir=tmp_path)
+    sampler, drawn = counting(trees)
+    def go(policy='a', **settings):
+        drawn.clear()
+        found = run(trees, pts.stored(sampler, tmp_path/'r.sqlite', policy), band=(0., 1.), **settings)
+        return found, sum(drawn)
+    first, n = go(n_samples=10, filter_samples=10)
+    assert n == first[2]['rollouts'] > 60 and go(n_samples=10, filter_samples=10) == (first, 0)
+    more, extra = go(n_samples=10, filter_samples=25)
+    assert more[2]['rollouts'] - extra >= 60 and more == run(trees, band=(0., 1.), n_samples=10, filter_samples=25)
+    assert go(n_samples=10, filter_samples=10, policy='b') == (first, n) and go(n_samples=10, filter_samples=10, max_total=21)[1] == n
+    (tmp_path/'bad.sqlite').write_text('no database, but a text that is long enough to be read as one')
+    with pytest.raises(ValueError, match='bad.sqlite'): pts.stored(sampler, tmp_path/'bad.sqlite', 'a')
+
+
+def pivot_truth(trees, r):
+    at = lambda ids: pts.tree_success(pts.tree_at(trees[r['prompt_ids'][0]][1], r['prompt_ids'][1:] + ids))
+    return at([r['meta']['pivot_token_id']]) - at([])
+
+
+def test_confirmed_pivots_are_true_and_the_rest_is_mostly_not():
+    """A false pivot truly changes p by less than the margin; at most 5% of the confirmed ones may be (here: of hundreds, with the slack of three standard errors)."""
+    trees = forest(300, seed=8)
+    proposed, _, counts = run(trees, n_samples=12, filter_samples=12, p_gap=.15)
+    pairs, _, counts = run(trees, n_samples=12, filter_samples=12, p_gap=.15, n_fresh=80, margin=.15)
+    inside = lambda r: not isinstance(pts.tree_at(trees[r['prompt_ids'][0]][1], r['prompt_ids'][1:]), bool) and r['meta']['pivot_token_id'] in pts.tree_at(trees[r['prompt_ids'][0]][1], r['prompt_ids'][1:])
+    false = lambda rows: [abs(pivot_truth(trees, r)) < .15 for r in rows if inside(r)]
+    assert counts['candidates'] == len(proposed) and counts['pairs'] == len(pairs) > 60 and counts['confirming_tokens'] > 0
+    assert sum(false(proposed)) > .08 * len(proposed) and sum(false(pairs)) <= .05 * len(pairs) + 3 * math.sqrt(.05 * .95 * len(pairs))
+    for r in pairs:
+        m = r['meta']
+        assert m['q_value'] <= .05 and m['p_value'] <= m['q_value'] + 1e-12 and m['change_low'] <= m['change'] <= m['change_high'] and m['change'] * m['prob_delta'] > 0
+    signed = [m['change'] - pivot_truth(trees, r) for r in proposed_with_tests(trees) for m in [r['meta']] if inside(r)]
+    assert abs(sum(signed) / len(signed)) < .03, 'fresh rollouts are unbiased where the search was not'
+
+
+def proposed_with_tests(trees):
+    "Every candidate with its fresh estimate, whatever its q-value."
+    return run(trees, n_samples=12, filter_samples=12, p_gap=.15, n_fresh=80, margin=0., fdr=1.)[0]
+
+
+def test_where_tokens_do_not_matter_nothing_is_confirmed():
+    rng = random.Random(4)
+    def coin(depth): return {10: (.5, {1: (.5, True), 0: (.5, False)}), 11: (.5, coin(depth - 1))} if depth else {1: (.5, True), 0: (.5, False)}
+    trees = {100 + i: (1., coin(4)) for i in range(150)}
+    oracle = lambda question, text: rng.random() < .5
+    def go(**kw): return pts.search([dict(id=f'q{i}') for i in trees], [[i] for i in trees], pts.tree_sampler(trees), NUMBERS, oracle, max_total=20, n_samples=12, filter_samples=12, **kw)
+    assert len(go()[0]) > 30
+    for margin in (None, 0.):
+        pairs, _, counts = go(n_fresh=60, margin=margin)
+        assert len(pairs) <= 2 and counts['null_pairs'] <= 1
+
+
+def test_pivots_that_cancel_are_found_by_more_segments():
+    case = lambda: pts.Case(dict(id='q'), [0], [10, 30, 1], [math.log(.5)] * 3, False, memo={0: (4, 2), 1: (4, 3), 2: (4, 2), 3: (4, 2)})
+    whole, every = case(), case()
+    pts.subdivide_cases([whole], None, 1, .2)
+    pts.subdivide_cases([every], None, 1, .2, segments='complete')
+    assert whole.pivots == [] and every.pivots == [0, 1]
+    parts = case()
+    pts.subdivide_cases([parts], None, 1, .2, segments=3)
+    assert parts.pivots == [0, 1]
+    for bad in (0, 'all', 1.5):
+        with pytest.raises(ValueError, match='segments'): run(forest(2), segments=bad)
+
+
+@given(st.lists(st.floats(-9, -.001), min_size=1, max_size=40), st.integers(1, 9))
+def test_first_segments_cover_everything_that_could_be_pivotal(logprobs, segments):
+    for wanted in (segments, 'complete'):
+        found = pts.first_segments(logprobs, wanted, .2)
+        assert all(a < b for a, b in found) and all(b <= c for (_, b), (c, _) in zip(found, found[1:]))
+        inside = {i for a, b in found for i in range(a, b)}
+        assert all(i in inside for i, lp in enumerate(logprobs) if not pts.certified([lp], .2))
 
 
 def test_every_prefix_has_the_same_horizon_and_a_cut_off_rollout_fails():
@@ -190,11 +264,13 @@ def test_on_a_transformer(tmp_path):
     def go(sampler, **kw): return pts.search(questions, prompts, sampler, NUMBERS, odd, max_total=16, n_samples=10, filter_samples=10, chunk_size=3, **kw)
     sampler = pts.model_sampler(model, stop_ids=(0,))
     whole = go(sampler)
+    calls = [0]
     def breaking(*args):
-        if any(tmp_path.iterdir()): raise KeyboardInterrupt
+        calls[0] += 1
+        if calls[0] > 4: raise KeyboardInterrupt
         return sampler(*args)
-    with pytest.raises(KeyboardInterrupt): go(breaking, work_dir=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1 and go(sampler, work_dir=tmp_path) == whole and whole[0]
+    with pytest.raises(KeyboardInterrupt): go(pts.stored(breaking, tmp_path/'r.sqlite', 'm'))
+    assert go(pts.stored(sampler, tmp_path/'r.sqlite', 'm')) == whole and whole[0]
     row = whole[1][0]
     with torch.no_grad(): logp = model(torch.tensor([row['prompt_ids'] + row['tokens']])).log_softmax(-1)[0]
     start = len(row['prompt_ids']) - 1
