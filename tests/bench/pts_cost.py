@@ -120,7 +120,7 @@ def generate_sampler(model, tokenizer, stop_ids):
 
 def on_model(args):
     import transformers
-    from phi4_ref.eval.harness import prompt_ids, stop_ids
+    from phi4_ref.post.dataset import end_ids, question_ids
     from phi4_ref.post.oracle import answer_oracle
     from phi4_ref.records import QUESTION, load
     transformers.utils.logging.set_verbosity_error()
@@ -135,7 +135,7 @@ def on_model(args):
         from phi4_ref.model.pretrained import from_pretrained
         model, questions = from_pretrained(folder), [q for q in load(Path(args.run)/'synth'/'questions.parquet', QUESTION) if q['kind'] != 'code']
     questions = questions[:args.questions]
-    prompts, stops = [prompt_ids(q, tokenizer, True) for q in questions], stop_ids(tokenizer)
+    prompts, stops = [question_ids(tokenizer, q["question"]) for q in questions], end_ids(peer, tokenizer)
     sampler = pts.model_sampler(model, stops)
     def timed(work): start = time.perf_counter(); return work(), time.perf_counter() - start
     results = {}
