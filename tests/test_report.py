@@ -73,7 +73,7 @@ def test_every_section_and_picture(run):
     path = write_report(run)
     text = path.read_text()
     assert path == run/'report/report.md' and text.startswith('# Report of the run `toy`')
-    assert 'nothing to show' not in text and 'Not shown' not in text and 'seed 3' in text and '14 stages in 2.3 minutes' in text
+    assert 'nothing to show' not in text and 'Not shown' not in text and 'seed 3' in text and '15 stages in 2.5 minutes' in text
     pictures = re.findall(r'!\[[^\]]+\]\((\w+\.png)\)', text)
     assert sorted(pictures) == ['context.png', 'controls.png', 'figure3.png', 'losses.png', 'refusals.png']
     assert all((path.parent/p).read_bytes()[:4] == b'\x89PNG' and (path.parent/p).stat().st_size < 60_000 for p in pictures)
