@@ -23,14 +23,14 @@ class Device:
 # %% ../../nbs/39_train.devices.ipynb #41d89d6d
 DEVICES = {name: Device(peak * 1e12, memory * 1e9, bandwidth * 1e9, link * 1e9) for name, peak, memory, bandwidth, link in [
     # dense bf16 TFLOP/s, GB, GB/s, GB/s. NVIDIA data sheets: A100 (2021), H100 (2023), H200 (2024), HGX B200, GB200 NVL72
-    ('A100 SXM', 312, 80, 2039, 600), ('A100 40GB', 312, 40, 1555, 600), ('A100 PCIe', 312, 80, 1935, 64),
+    ('A100 SXM', 312, 80, 2039, 600), ('A100 40GB', 312, 40, 1555, 600), ('A100 PCIe', 312, 80, 1935, 64), ('A100 PCIe 40GB', 312, 40, 1555, 64),
     ('H100 SXM', 989, 80, 3350, 900), ('H100 PCIe', 756, 80, 2000, 128), ('H100 NVL', 835, 94, 3900, 600),
     ('H200 SXM', 989, 141, 4800, 900), ('H200 NVL', 835, 141, 4800, 900), ('GH200', 989, 96, 4000, 900), ('H20', 148, 96, 4000, 900),
     ('B200', 2250, 180, 7700, 1800), ('GB200', 2500, 186, 8000, 1800),
     # NVIDIA data sheets: L4, L40S, A10, A40, RTX A6000; architecture papers: GA102 (3090), Ada (4090), Blackwell RTX (5090)
     ('L4', 121, 24, 300, 64), ('L40S', 362, 48, 864, 64), ('A10', 125, 24, 600, 64), ('A10G', 70, 24, 600, 64), ('A40', 149.7, 48, 696, 112.5),
     ('RTX A6000', 154.8, 48, 768, 112.5), ('RTX 3090', 71, 24, 936, 112.5), ('RTX 4090', 165.2, 24, 1008, 64), ('RTX 5090', 209.5, 32, 1792, 128),
-    # AMD data sheets: Instinct MI250X (PyTorch sees each of its two dies as a device), MI300X, MI325X, MI355X
+    # AMD data sheets: Instinct MI250X (PyTorch sees each of its two dies as a device; link: to the other die), MI300X, MI325X, MI355X
     ('MI250X', 191.5, 64, 1638, 400), ('MI300X', 1307, 192, 5300, 896), ('MI325X', 1307, 256, 6000, 896), ('MI355X', 2516, 288, 8000, 1075),
 ]}
 
