@@ -295,3 +295,25 @@ def test_log_probabilities_of_another_policy_are_refused(kind, temperature, top_
         if says:
             with pytest.raises(Lacking, match=says): sampler([[5, 6]], [0], 12)
         else: same(sampler([[5, 6]], [0], 12), generate(tiny(), [[5, 6]], max_total=12, temperature=temperature, top_p=top_p, stop_ids=(END,), seeds=[0]))
+
+
+# --- a real server, where one is named ----------------------------------------------------------------------------------------
+
+REAL = os.environ.get("PHI4_REF_ENDPOINT", "").split()
+
+
+@pytest.mark.skipif(len(REAL) != 3, reason='set PHI4_REF_ENDPOINT="URL MODEL CHECKPOINT" to a running vLLM, SGLang or llama.cpp and the directory of the weights that it serves')
+def test_a_real_server():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    url, name, path = REAL
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = [tokenizer.encode(text) for text in ("What is 7 + 5?", "Name one planet.", "Water is") for _ in range(5)]
+    stops = {tokenizer.eos_token_id, tokenizer.bos_token_id, *np.atleast_1d(model.generation_config.eos_token_id or []).tolist()} - {None}
+    sample = endpoint_sampler(name, url, sorted(stops), api_key="any", concurrency=8)
+    done, again = (sample(prompts, range(15), max(map(len, prompts)) + 24) for _ in range(2))
+    assert all(c.finished or len(p) + len(c.ids) == max(map(len, prompts)) + 24 for p, c in zip(prompts, done))
+    assert len({tuple(c.ids) for c in done}) > 8 and sum(a.ids == b.ids for a, b in zip(done, again)) > 10  # a seed each; batches may round differently
+    scored = logprobs(model, [p + c.ids for p, c in zip(prompts, done)])
+    apart = np.array([a - b for p, c, row in zip(prompts, done, scored) for a, b in zip(c.logprobs, row[len(p):], strict=True)])
+    print(f"{name}: {len(apart)} tokens; server minus transformers: median size {np.median(np.abs(apart)):.5f}, mean {apart.mean():+.5f}")
+    assert np.median(np.abs(apart)) < .1 and abs(apart.mean()) < .05  # quantised kernels differ by hundredths; another policy differs by tenths

@@ -46,14 +46,15 @@ def reported_tokens(
     named = [t.removeprefix("token_id:") for t in logprobs.get("tokens") or [] if t.startswith("token_id:")]
     return choice.get("token_ids") or [int(t) for t in named], logprobs.get("token_logprobs") or []
 
-# %% ../../nbs/49_post.sampler.ipynb #0ac5d6b1
+# %% ../../nbs/49_post.sampler.ipynb #b741a356
 class Lacking(ValueError):
     "A server that does not give what a search needs; asking again would not help."
 
+# %% ../../nbs/49_post.sampler.ipynb #62c93d95
 REMEDY = ("serve the model with vLLM 0.10.2 or newer (`vllm serve MODEL`) or a recent SGLang, both of which honour return_token_ids, or with phi4_ref.post.sampler.serve; "
           "a hosted API that returns text only cannot be used for pivotal token search")
 
-# %% ../../nbs/49_post.sampler.ipynb #a21a2580
+# %% ../../nbs/49_post.sampler.ipynb #608973c7
 def check_reply(
     reply:dict,       # the whole JSON
     n_prompt:int,     # tokens sent
@@ -67,7 +68,7 @@ def check_reply(
     if len(ids) != n_made: raise Lacking(f"the server returned {len(ids)} of {n_made} token ids: llama.cpp leaves out those that end inside a character; {REMEDY}")
     if len(logprobs) != len(ids) or None in logprobs: raise Lacking(f"the server returns {len(logprobs)} log-probabilities for {len(ids)} tokens, although logprobs=1 was asked; {REMEDY}")
 
-# %% ../../nbs/49_post.sampler.ipynb #b80f64c1
+# %% ../../nbs/49_post.sampler.ipynb #89d0379a
 def read_completion(
     reply:dict,         # the whole JSON
     request:dict,       # from `completion_request`
@@ -83,10 +84,10 @@ def read_completion(
         f"an end of text; if the server's context ends there, start it with a longer one (vLLM: --max-model-len) or lower max_total")
     return Completion(ids[:n], [0.0] * n if request["temperature"] == 0 else [float(x) for x in logprobs[:n]], finished)
 
-# %% ../../nbs/49_post.sampler.ipynb #49a781a5
+# %% ../../nbs/49_post.sampler.ipynb #acfd985a
 NEUTRAL = dict(n=1, best_of=1, stream=False, echo=False, suffix=None, stop=None, top_k=-1, min_p=0, repetition_penalty=1, presence_penalty=0, frequency_penalty=0, logit_bias=None)
 
-# %% ../../nbs/49_post.sampler.ipynb #e85dfb6b
+# %% ../../nbs/49_post.sampler.ipynb #b69e62f6
 def engine_settings(
     body:dict,   # JSON of a request
     tokenizer,   # encodes a prompt that is text
@@ -102,7 +103,7 @@ def engine_settings(
     temperature, top_p = (1.0 if body.get(name) is None else float(body[name]) for name in ("temperature", "top_p"))
     return prompt, int(body.get("seed") or 0), (len(prompt) + int(body.get("max_tokens") or 16), temperature, top_p, tuple(sorted({*(body.get("stop_token_ids") or []), *ends} - {None})))
 
-# %% ../../nbs/49_post.sampler.ipynb #74048b1e
+# %% ../../nbs/49_post.sampler.ipynb #e9e11119
 def completion_reply(
     body:dict,           # JSON of the request
     prompt:list[int],    # its token ids
@@ -117,7 +118,7 @@ def completion_reply(
     usage = dict(prompt_tokens=len(prompt), completion_tokens=len(done.ids), total_tokens=len(prompt) + len(done.ids))
     return dict(object="text_completion", model=body.get("model"), created=int(time.time()), choices=[choice], usage=usage)
 
-# %% ../../nbs/49_post.sampler.ipynb #75d48c39
+# %% ../../nbs/49_post.sampler.ipynb #4979e7bc
 def generate_waiting(
     model,                 # as for `generate`
     waiting:queue.Queue,   # of (prompt ids, seed, settings, Future); None ends
@@ -137,7 +138,7 @@ def generate_waiting(
             except Exception as error: done = [error] * len(rows)
             for future, result in zip(futures, done): (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
 
-# %% ../../nbs/49_post.sampler.ipynb #3edc4227
+# %% ../../nbs/49_post.sampler.ipynb #0e83640d
 class CompletionHandler(BaseHTTPRequestHandler):
     "POST /v1/completions and GET /v1/models, for a server that `serve` has started."
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
@@ -164,7 +165,7 @@ class CompletionHandler(BaseHTTPRequestHandler):
         except (ValueError, TypeError, AttributeError) as error: self.answer(400, dict(error=dict(message=str(error), type="BadRequestError")))
         except Exception as error: self.answer(500, dict(error=dict(message=repr(error), type="InternalServerError")))
 
-# %% ../../nbs/49_post.sampler.ipynb #1a3faf3e
+# %% ../../nbs/49_post.sampler.ipynb #e77e6ac1
 class CompletionServer(ThreadingHTTPServer):
     "A running server; leave its `with` block to stop it."
     daemon_threads, request_queue_size = True, 1024
@@ -179,7 +180,7 @@ class CompletionServer(ThreadingHTTPServer):
         self.shutdown()
         super().__exit__(*error)
 
-# %% ../../nbs/49_post.sampler.ipynb #bf1f1abc
+# %% ../../nbs/49_post.sampler.ipynb #8463d684
 def serve(
     model,                  # a `Transformer`, or a causal language model of `transformers`
     tokenizer,              # decodes ids for the reply's text
@@ -191,7 +192,7 @@ def serve(
     "Serve a model in the background, in the shape of vLLM's completions endpoint."
     return CompletionServer(model, tokenizer, (host, port), name, batch_size)
 
-# %% ../../nbs/49_post.sampler.ipynb #9314d356
+# %% ../../nbs/49_post.sampler.ipynb #057cd616
 async def send(
     client,              # openai.AsyncOpenAI
     endpoint:OpenAIChat, # the model's name, the retries
@@ -207,7 +208,7 @@ async def send(
         await asyncio.sleep(min(8, .5 * 2**attempt) if attempt < endpoint.retries else 0)
     raise RuntimeError(f"{client.base_url} answered {endpoint.retries + 1} times with something that is no completion: {broken!r}")
 
-# %% ../../nbs/49_post.sampler.ipynb #f5145d55
+# %% ../../nbs/49_post.sampler.ipynb #e29656da
 async def send_all(
     endpoint:OpenAIChat,   # where to, and how many at a time
     requests:list[dict],   # from `completion_request`
@@ -227,7 +228,7 @@ async def send_all(
                 await asyncio.gather(*workers, return_exceptions=True)
     return out
 
-# %% ../../nbs/49_post.sampler.ipynb #4cceca29
+# %% ../../nbs/49_post.sampler.ipynb #c9f779bc
 def run_async(
     work,  # a coroutine
 ):         # what it returns
@@ -245,7 +246,7 @@ def run_async(
         loop.close()
     return task.result()
 
-# %% ../../nbs/49_post.sampler.ipynb #2ceaaa3c
+# %% ../../nbs/49_post.sampler.ipynb #3b0b5c4b
 def check_policy(
     endpoint:OpenAIChat,
     prompt:list[int],     # a real one; its first token is enough
@@ -259,7 +260,7 @@ def check_policy(
     raise Lacking(f"{endpoint.name!r} at {endpoint.client.base_url} reports log-probabilities before {'top-p' if cold > .9 * warm else 'temperature and top-p'}, and the bounds of the search need those of the policy "
         f"(temperature={temperature}, top_p={top_p}): start vLLM with --logprobs-mode processed_logprobs, or sample at temperature=1, top_p=1")
 
-# %% ../../nbs/49_post.sampler.ipynb #73738438
+# %% ../../nbs/49_post.sampler.ipynb #456cea1a
 def endpoint_sampler(
     model:str,               # the server's name for the model
     base_url:str|None=None,  # such as http://localhost:8000/v1; None: OPENAI_BASE_URL
