@@ -126,14 +126,18 @@ def pts(
     segments:Annotated[str, typer.Option(help="Parts of a completion that the search begins with; complete: every token.")]="complete",
     p_gap:Annotated[float, typer.Option(min=0, max=1)]=.2,
     temperature:Annotated[float, typer.Option(min=0.01)]=1., top_p:Annotated[float, typer.Option(min=0.01, max=1)]=1.,
+    base_url:Annotated[str, typer.Option(help="Draw rollouts from an OpenAI-compatible endpoint that serves this model (token ids and log-probabilities needed: vLLM, SGLang).")]=None,
+    served_name:Annotated[str, typer.Option(help="The model's name there; without it, --model.")]=None,
     max_total:Annotated[int, typer.Option(min=8, help="Prompt and completion together, tokens.")]=512, seed:int=0,
 ):
     def own():
         pts_options(model, data, out)
         keep_memory()
-        from phi4_ref.post.dataset import open_model, pts_dataset, read_questions
-        questions = read_questions(data, question_column, answer_column, limit)
-        counts = pts_dataset(*open_model(model), questions, Path(out), model_id=model, dataset_id=data, max_total=max_total, temperature=temperature, top_p=top_p, n_samples=samples, filter_samples=samples,
+        from phi4_ref.post.dataset import end_ids, open_model, pts_dataset, read_questions
+        from phi4_ref.post.sampler import endpoint_sampler
+        questions, (loaded, tokenizer) = read_questions(data, question_column, answer_column, limit), open_model(model)
+        sampler = endpoint_sampler(served_name or model, base_url, end_ids(loaded, tokenizer), temperature, top_p) if base_url else None
+        counts = pts_dataset(loaded, tokenizer, questions, Path(out), sampler=sampler, model_id=model, dataset_id=data, max_total=max_total, temperature=temperature, top_p=top_p, n_samples=samples, filter_samples=samples,
                              trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, n_fresh=fresh, seed=seed)
         print(f"{out}: {counts['pairs']} pairs from {counts['in_band']} of {counts['questions']} questions, {counts['candidates']} candidates, {counts['rollouts']:,} rollouts")
     def of_run():

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'CHECKPOINTS', 'TABLE_9_COLUMN', 'TABLE_9_ROW', 'TABLE_2_ROW', 'STEPS', 'ARMS', 'FIGURE_6_COLUMN', 'COLOURS',
            'VERDICTS', 'RULES', 'table', 'benchmark_names', 'scores_cell', 'scores_table', 'printed_change',
            'changes_table', 'scores_section', 'arm_changes', 'plot_arms', 'picture', 'arms_section', 'course',
-           'showcase', 'pieces', 'counts_line', 'code_span', 'pts_section', 'context_section', 'outcome_shares',
+           'showcase', 'pieces', 'counts_line', 'code_span', 'pts_section', 'page', 'context_section', 'outcome_shares',
            'plot_outcomes', 'refusal_section', 'mixture_section', 'curation_section', 'synthesis_section',
            'judge_section', 'read_log', 'smooth', 'plot_losses', 'losses_section', 'time_section', 'question_text',
            'replies_section', 'section', 'introduction', 'sections', 'write_report']
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from .. import paper
 from .claims import MARGIN, change, claims, claims_table, level, percent, pick, points
 from .longcontext import length_changes, length_table, plot_lengths
+from .page import figure3_page
 from .tasks import OUTCOMES
 from ..post.pts import figure3
 from ..records import load, load_json
@@ -199,7 +200,13 @@ def pts_section(run:Path, out:Path)->str:
     if row is None: return text + '\n\nNo question lay in the band, so there is no trajectory to draw.'
     fig = figure3(pieces(row, run), course(row), row['logprobs'])
     return text + '\n\n' + picture(fig, out, 'figure3', 'a completion coloured by p(success), pivotal tokens boxed') + (
-        '\n\nOne sampled completion after the manner of Figure 3: each token on the colour of p(success) after it (red 0, blue 1), changes of 0.2 and more boxed, tokens of probability 0.1 or less underlined.')
+        '\n\nOne sampled completion after the manner of Figure 3: each token on the colour of p(success) after it (red 0, blue 1), changes of 0.2 and more boxed, tokens of probability 0.1 or less underlined.' + page(row, run, out))
+
+def page(row, run:Path, out:Path)->str:
+    "Figure 3 as a page of its own, and the sentence that points to it; nothing where the row was not traced."
+    if not row.get('trace'): return ''
+    figure3_page(pieces(row, run), row['trace'], row['logprobs'], path=out/'figure3.html')
+    return ' The same with counts and intervals at every token: [figure3.html](figure3.html).' 
 
 # %% ../../nbs/65_eval.report.ipynb #9312a2a8
 def context_section(items, out)->str:
