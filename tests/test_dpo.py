@@ -29,6 +29,11 @@ def some_pairs(n, seed=0, single=True, vocab=64):
     return [pair(draw(size(2, 20)), *([[2 * i % vocab], [2 * i + 1]] if single else [draw(size(1, 9)), draw(size(1, 9))])) for i in range(n)]
 
 
+def rows(pairs, references=None):
+    "One pair a row, as `PairBatches` hands them to the collators."
+    return [[r | dict(reference=m)] for r, m in zip(pairs, references or [0.] * len(pairs))]
+
+
 def gradient(model, loss, batch):
     model.zero_grad()
     loss(model, batch)[0].backward()
@@ -52,7 +57,7 @@ def by_definition(model, pairs, references, beta):
 def test_loss_and_gradient_are_those_of_ordinary_dpo(single):
     model, pairs = tiny(), some_pairs(6, single=single)
     references = dpo.reference_margins(tiny(1), pairs)
-    batch = (dpo.collate_tokens if single else dpo.collate_answers)(pairs, references)
+    batch = (dpo.collate_tokens if single else dpo.collate_answers)(rows(pairs, references))
     fast = gradient(model, dpo.preference_loss(.3), batch)
     plain = gradient(model, lambda m, b: (by_definition(m, pairs, references, .3),), batch)
     assert torch.allclose(fast, plain, rtol=1e-4, atol=2e-6 * plain.abs().max()) and plain.abs().max() > .01
@@ -63,7 +68,7 @@ def test_both_ways_give_single_tokens_the_same_gradient():
     model, pairs = tiny(), some_pairs(8)
     references = dpo.reference_margins(tiny(1), pairs)
     loss = dpo.preference_loss(.1)
-    a, b = gradient(model, loss, dpo.collate_tokens(pairs, references)), gradient(model, loss, dpo.collate_answers(pairs, references))
+    a, b = gradient(model, loss, dpo.collate_tokens(rows(pairs, references))), gradient(model, loss, dpo.collate_answers(rows(pairs, references)))
     assert torch.allclose(a, b, rtol=1e-4, atol=2e-6 * b.abs().max())
 
 
@@ -76,15 +81,15 @@ def test_first_loss_is_ln_2_and_nothing_is_in_order_yet(single):
 
 def test_first_loss_is_exactly_ln_2_on_the_same_batch():
     model, pairs = tiny(), some_pairs(8)
-    batch = dpo.collate_tokens(pairs, [0.] * 8)
-    with torch.no_grad(): batch['reference'] = dpo.margins(model, batch)[0]
+    batch = dpo.collate_tokens(rows(pairs))
+    with torch.no_grad(): batch['reference'] = dpo.margins(model, batch)[0][:, None]
     total, n, _ = dpo.preference_loss(.1)(model, batch)
     assert torch.equal(total / n, torch.tensor(2.).log())
 
 
 def test_third_mass_is_measured_from_the_full_softmax():
     model, pairs = tiny(), some_pairs(4)
-    batch = dpo.collate_tokens(pairs, [0.] * 4)
+    batch = dpo.collate_tokens(rows(pairs))
     third = dpo.preference_loss(.1)(model, batch)[2]['third_mass']
     by_hand = sum(1 - model(torch.tensor([r['prompt_ids']])).softmax(-1)[0, -1, r['chosen_ids'] + r['rejected_ids']].sum() for r in pairs)
     assert abs(third - by_hand) < 1e-4
@@ -95,8 +100,8 @@ def test_drift_is_the_divergence_over_the_prefix_and_the_merged_pivot():
     for r in pairs:  # two tokens that matter
         likely = model(torch.tensor([r['prompt_ids']]))[0, -1].topk(2).indices.tolist()
         r['chosen_ids'], r['rejected_ids'] = likely[:1], likely[1:]
-    batch = dpo.collate_tokens(pairs, [0.] * 3)
-    found = dpo.drift(model, ref, model.hidden(batch['input_ids']), batch['input_ids'], batch)
+    batch = dpo.collate_tokens(rows(pairs))
+    found = dpo.drift(model, ref, model.hidden(batch['input_ids']), batch['input_ids'], dpo.flat_pairs(batch))
     for r, kl in zip(pairs, found):
         p, q = (m(torch.tensor([r['prompt_ids']])).softmax(-1)[0] for m in (ref, model))
         inside = (p[:-1] * (p[:-1] / q[:-1]).log()).sum(-1).mean()
@@ -108,7 +113,7 @@ def test_drift_is_the_divergence_over_the_prefix_and_the_merged_pivot():
 
 def test_the_loss_is_a_sum_over_rows_however_they_are_split():
     model, ref, pairs = tiny(), tiny(1), some_pairs(8)
-    loss, batch = dpo.preference_loss(.1, ref, 1.), dpo.collate_tokens(pairs, [.1] * 8)
+    loss, batch = dpo.preference_loss(.1, ref, 1.), dpo.collate_tokens(rows(pairs, [.1] * 8))
     whole = gradient(model, loss, batch)
     parts = sum(gradient(model, loss, {k: v[i:i + 2] for k, v in batch.items()}) for i in range(0, 8, 2))
     assert torch.allclose(whole, parts, rtol=1e-4, atol=2e-6 * whole.abs().max())
@@ -116,8 +121,8 @@ def test_the_loss_is_a_sum_over_rows_however_they_are_split():
 
 def test_padding_changes_nothing():
     model, pairs = tiny(), some_pairs(4)
-    alone = [dpo.margins(model, dpo.collate_tokens([r], [0.]))[0].item() for r in pairs]
-    assert torch.allclose(dpo.margins(model, dpo.collate_tokens(pairs, [0.] * 4))[0], torch.tensor(alone), atol=1e-4)
+    alone = [dpo.margins(model, dpo.collate_tokens([[r]]))[0].item() for r in pairs]
+    assert torch.allclose(dpo.margins(model, dpo.collate_tokens(rows(pairs)))[0], torch.tensor(alone), atol=1e-4)
 
 
 def test_batches_are_a_function_of_seed_and_step_and_visit_every_pair_each_epoch():
@@ -127,7 +132,7 @@ def test_batches_are_a_function_of_seed_and_step_and_visit_every_pair_each_epoch
     again = dpo.PairBatches(pairs, list(range(14)), 2, epochs=3, seed=5)
     for s in reversed(range(len(batches))):
         assert all(torch.equal(v, again.batch(s)[k]) for k, v in batches.batch(s).items())
-    seen = sorted(int(m) for s in range(len(batches)) for m in batches.batch(s)['reference'])
+    seen = sorted(int(m) for s in range(len(batches)) for m in batches.batch(s)['reference'].flatten())
     assert seen == sorted(3 * list(range(14)))
     assert all(batches.batch(s)['input_ids'].dim() == (2 if batches.batch(s)['reference'].max() < 10 else 3) for s in range(len(batches)))
 
@@ -161,7 +166,8 @@ def test_training_prefers_the_chosen_and_resumes_bit_for_bit(tmp_path):
 def test_bad_input_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match='did the search find any'): dpo.train_dpo(tiny(), tiny(), [], TrainSettings(lr=1e-4), tmp_path)
     with pytest.raises(ValueError, match='tokens'): dpo.train_dpo(tiny(), tiny(), some_pairs(2), TrainSettings(lr=1e-4), tmp_path, kind='tokens')
-    with pytest.raises(ValueError, match='pass ref'): dpo.preference_loss(.1, kl_weight=1.)
+    with pytest.raises(ValueError, match='pass ref'): dpo.train_dpo(tiny(), None, some_pairs(2), TrainSettings(lr=1e-4), tmp_path)
+    with pytest.raises(ValueError, match="'hinge': choose one of sigmoid, ipo"): dpo.preference_loss(.1, loss='hinge')
 
 
 def test_chat_pairs_end_with_im_end_unless_cut():
