@@ -216,7 +216,7 @@ def test_every_loss_on_every_model_is_its_formula(name, single, loss):
     model, ref = (dpo.without_dropout(MODELS[name](seed)) for seed in (0, 1))
     pairs, beta, gamma, eps = some_pairs(4, single=single), .3, .7, .2
     references = [0.] * 4 if loss == 'simpo' else dpo.reference_margins(ref, pairs, per_token=loss in dpo.PER_TOKEN)
-    batch = dpo.PairBatches(pairs, references, 4, 1, noise=[eps] * 4).batch(0)
+    batch = dpo.PairBatches(pairs, references, 4, 1, label_smoothing=[eps] * 4).batch(0)
     def formula(model, _):
         total = 0.
         for r in pairs:
@@ -287,7 +287,7 @@ def test_each_pair_is_smoothed_by_its_own_counts(tmp_path, monkeypatch):
     pairs, seen = some_pairs(3), {}
     pairs[0]['meta'], pairs[1]['meta'] = (dict(n_chosen=10, k_chosen=k, n_rejected=10, k_rejected=5) for k in (9, 6))
     monkeypatch.setattr(dpo, 'train', lambda model, batches, *args, loss: seen.update(batch=batches.batch(0)))
-    dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, loss='cdpo', noise=.07, batch_size=3)
+    dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, loss='cdpo', label_smoothing=.07, batch_size=3)
     of = dict(zip(seen['batch']['chosen'].flatten().tolist(), seen['batch']['label_smoothing'].flatten().tolist()))
     assert [of[r['chosen_ids'][0]] for r in pairs] == pytest.approx([dpo.label_noise(10, 9, 10, 5), dpo.label_noise(10, 6, 10, 5), .07])
     pairs[2]['meta'] = dict(n_chosen=1, k_chosen=1, n_rejected=60, k_rejected=58)

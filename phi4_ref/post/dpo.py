@@ -379,9 +379,9 @@ class PairBatches:
         epochs:float,           # passes over the pairs
         seed:int=0,
         kind:str='token',       # as for `pair_rows`
-        noise:list[float]=None  # probability that each label is wrong; None: 0
+        label_smoothing:list[float]=None # probability that each label is wrong; None: 0
     ):
-        full = [r | dict(reference=m, label_smoothing=e) for r, m, e in zip(pairs, references, noise or [0.] * len(pairs), strict=True)]
+        full = [r | dict(reference=m, label_smoothing=e) for r, m, e in zip(pairs, references, label_smoothing or [0.] * len(pairs), strict=True)]
         self.groups = [[[full[i] for i in row] for row in rows] for rows in pair_rows(pairs, kind)]
         self.batch_size, self.seed = batch_size, seed
         self.steps = [(g, i) for g, rows in enumerate(self.groups) if rows for i in range(max(1, round(epochs * len(rows) / batch_size)))]
@@ -488,7 +488,7 @@ def train_dpo(
     loss:str='sigmoid',     # one of `LOSSES`; 'sigmoid' is DPO, the paper's
     beta:float=.1,
     gamma:float=1.,         # of SimPO
-    noise:float=0.,         # for 'cdpo' and 'robust': probability that a label is wrong, of pairs that carry no counts
+    label_smoothing:float=0., # for 'cdpo' and 'robust': probability that the label is wrong, of pairs that carry no counts
     nll_weight:float=0.,    # of the anchor on the chosen answer; 0 is the paper's loss
     kl_weight:float=0.,     # of `drift`; 0 is the paper's loss
     epochs:float=6,         # passes over the pairs
@@ -497,7 +497,7 @@ def train_dpo(
     "Preference training with the reference scored once (phi-4 §4.2, §4.3)."
     if kind not in KINDS: raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
     if not pairs: raise ValueError('no pairs to train on: did the search find any?')
-    wrong = [pair_noise(r, noise) for r in pairs]
+    wrong = [pair_noise(r, label_smoothing) for r in pairs]
     if loss == 'robust' and max(wrong) >= .5: raise ValueError(f"pair {pairs[wrong.index(max(wrong))]['id']!r} is wrong with probability {max(wrong):.2f}: the robust loss needs less than 1/2, so leave the pair out")
     objective, device = preference_loss(beta, ref, kl_weight, loss, gamma, nll_weight), PartialState().device
     check_output(without_dropout(model))

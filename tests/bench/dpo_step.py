@@ -4,13 +4,14 @@
 
 The same pairs, weights, reference log-probabilities (computed beforehand by each) and precision for all. toy: 2.7M parameters, TRL trains `Phi3ForCausalLM`, ours is `Transformer`
 with the same weights, trajectories of 24 to 72 tokens as in the toy run; llama: `LlamaForCausalLM` of half SmolLM2-135M's width (30M parameters, vocabulary of 49,152), the very
-same class for all, trajectories of 100 to 300 tokens. Each trajectory has `--pivots` pairs at positions spread over it. `DPOTrainer` takes text, which it tokenizes again and ends with an
+same class for all, trajectories of 100 to 300 tokens. Each trajectory has `--pivots` pairs at positions drawn from its last two thirds; the toy run's search
+finds 1.1 on a trajectory, long solutions have more. `DPOTrainer` takes text, which it tokenizes again and ends with an
 end-of-text token; here it is handed token ids without one, by a subclass that leaves its data set as it is. In its favour its activation checkpointing, on by default, is off.
 
 Three rows: TRL, ours with a row for each pair (kind 'token'), ours with a row for each trajectory (kind 'trajectory'); all make the same number of pairs a step. Each has a process of its own, which waits
 while another's steps are timed, so that a busy machine slows all alike; memory is a process's peak above what it held before its model was made. The last line is the third row over the first.
 """
-import argparse, copy, os, platform, random, statistics, sys, tempfile, time
+import argparse, copy, os, platform, random, statistics, sys, tempfile, time, warnings
 from importlib.util import find_spec
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # a waiting process must not spin
