@@ -4,7 +4,7 @@
 
 The same pairs, weights, reference log-probabilities (computed beforehand by each) and precision for all. toy: 2.7M parameters, TRL trains `Phi3ForCausalLM`, ours is `Transformer`
 with the same weights, trajectories of 24 to 72 tokens as in the toy run; llama: `LlamaForCausalLM` of half SmolLM2-135M's width (30M parameters, vocabulary of 49,152), the very
-same class for all, trajectories of 100 to 300 tokens. Each trajectory has `--pivots` pairs at positions drawn from its last two thirds; the toy run's search
+same class for all, trajectories of 60 to 150 tokens. Each trajectory has `--pivots` pairs at positions drawn from its last two thirds; the toy run's search
 finds 1.1 on a trajectory, long solutions have more. `DPOTrainer` takes text, which it tokenizes again and ends with an
 end-of-text token; here it is handed token ids without one, by a subclass that leaves its data set as it is. In its favour its activation checkpointing, on by default, is off.
 
@@ -25,7 +25,7 @@ from phi4_ref.train.loop import TrainSettings, train
 
 TOY = ModelConfig(1536, 192, 6, 6, 2, 512, 256)
 LLAMA = dict(vocab_size=49_152, hidden_size=288, num_hidden_layers=18, num_attention_heads=9, num_key_value_heads=3, intermediate_size=768, tie_word_embeddings=True)
-SIZES = dict(toy=(32, 24, 72), llama=(8, 100, 300))  # pairs a step, shortest and longest trajectory
+SIZES = dict(toy=(32, 24, 72), llama=(4, 60, 150))  # pairs a step, shortest and longest trajectory
 BETA = .1
 
 
@@ -166,7 +166,7 @@ if __name__ == '__main__':
     transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser()
     parser.add_argument('--size', choices=SIZES, default='toy')
-    parser.add_argument('--pivots', type=int, choices=(1, 2, 4, 8), default=4, help='pairs on a trajectory')
+    parser.add_argument('--pivots', type=int, choices=(1, 2, 4), default=4, help='pairs on a trajectory')
     parser.add_argument('--quick', action='store_true', help='fewer rounds')
     args = parser.parse_args()
     if find_spec('trl') is None: sys.exit('TRL is not installed here: pip install phi4_ref[bench], or pip install --no-deps trl==1.16.0, the version measured')
