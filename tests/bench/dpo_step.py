@@ -135,7 +135,7 @@ def main(size, pivots, quick, out):
     import trl
     (rounds, each), batch_size = (3, 1) if quick else (7, 3), SIZES[size][0]
     steps, pairs = rounds * each + 3, make_pairs(size, pivots, 4 * batch_size // pivots)
-    differences = gradients(size, pivots)
+    differences = gradients(size, pivots, trajectories=2)
     runs, pipes, peak = {'TRL': run_trl, 'token': run_ours, 'trajectory': run_shared}, {}, {}
     for name, run in runs.items():
         pipes[name], theirs = torch.multiprocessing.Pipe()
