@@ -2,12 +2,17 @@
 import copy
 import json
 import math
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.model.transformer import ModelConfig, Transformer
+from phi4_ref.paper import TABLE_7
 from phi4_ref.post import dpo
 from phi4_ref.train.loop import TrainSettings
 
@@ -27,6 +32,11 @@ def some_pairs(n, seed=0, single=True, vocab=64):
     draw = lambda k: torch.randint(vocab, (k,), generator=g).tolist()
     size = lambda low, high: int(torch.randint(low, high, (1,), generator=g))
     return [pair(draw(size(2, 20)), *([[2 * i % vocab], [2 * i + 1]] if single else [draw(size(1, 9)), draw(size(1, 9))])) for i in range(n)]
+
+
+def rows(pairs, references=None):
+    "One pair a row, as `PairBatches` hands them to the collators."
+    return [[r | dict(reference=m)] for r, m in zip(pairs, references or [0.] * len(pairs))]
 
 
 def gradient(model, loss, batch):
@@ -52,7 +62,7 @@ def by_definition(model, pairs, references, beta):
 def test_loss_and_gradient_are_those_of_ordinary_dpo(single):
     model, pairs = tiny(), some_pairs(6, single=single)
     references = dpo.reference_margins(tiny(1), pairs)
-    batch = (dpo.collate_tokens if single else dpo.collate_answers)(pairs, references)
+    batch = (dpo.collate_tokens if single else dpo.collate_answers)(rows(pairs, references))
     fast = gradient(model, dpo.preference_loss(.3), batch)
     plain = gradient(model, lambda m, b: (by_definition(m, pairs, references, .3),), batch)
     assert torch.allclose(fast, plain, rtol=1e-4, atol=2e-6 * plain.abs().max()) and plain.abs().max() > .01
@@ -63,7 +73,7 @@ def test_both_ways_give_single_tokens_the_same_gradient():
     model, pairs = tiny(), some_pairs(8)
     references = dpo.reference_margins(tiny(1), pairs)
     loss = dpo.preference_loss(.1)
-    a, b = gradient(model, loss, dpo.collate_tokens(pairs, references)), gradient(model, loss, dpo.collate_answers(pairs, references))
+    a, b = gradient(model, loss, dpo.collate_tokens(rows(pairs, references))), gradient(model, loss, dpo.collate_answers(rows(pairs, references)))
     assert torch.allclose(a, b, rtol=1e-4, atol=2e-6 * b.abs().max())
 
 
@@ -76,15 +86,15 @@ def test_first_loss_is_ln_2_and_nothing_is_in_order_yet(single):
 
 def test_first_loss_is_exactly_ln_2_on_the_same_batch():
     model, pairs = tiny(), some_pairs(8)
-    batch = dpo.collate_tokens(pairs, [0.] * 8)
-    with torch.no_grad(): batch['reference'] = dpo.margins(model, batch)[0]
+    batch = dpo.collate_tokens(rows(pairs))
+    with torch.no_grad(): batch['reference'] = dpo.margins(model, batch)[0][:, None]
     total, n, _ = dpo.preference_loss(.1)(model, batch)
     assert torch.equal(total / n, torch.tensor(2.).log())
 
 
 def test_third_mass_is_measured_from_the_full_softmax():
     model, pairs = tiny(), some_pairs(4)
-    batch = dpo.collate_tokens(pairs, [0.] * 4)
+    batch = dpo.collate_tokens(rows(pairs))
     third = dpo.preference_loss(.1)(model, batch)[2]['third_mass']
     by_hand = sum(1 - model(torch.tensor([r['prompt_ids']])).softmax(-1)[0, -1, r['chosen_ids'] + r['rejected_ids']].sum() for r in pairs)
     assert abs(third - by_hand) < 1e-4
@@ -95,8 +105,8 @@ def test_drift_is_the_divergence_over_the_prefix_and_the_merged_pivot():
     for r in pairs:  # two tokens that matter
         likely = model(torch.tensor([r['prompt_ids']]))[0, -1].topk(2).indices.tolist()
         r['chosen_ids'], r['rejected_ids'] = likely[:1], likely[1:]
-    batch = dpo.collate_tokens(pairs, [0.] * 3)
-    found = dpo.drift(model, ref, model.hidden(batch['input_ids']), batch['input_ids'], batch)
+    batch = dpo.collate_tokens(rows(pairs))
+    found = dpo.drift(model, ref, model.hidden(batch['input_ids']), batch['input_ids'], dpo.flat_pairs(batch))
     for r, kl in zip(pairs, found):
         p, q = (m(torch.tensor([r['prompt_ids']])).softmax(-1)[0] for m in (ref, model))
         inside = (p[:-1] * (p[:-1] / q[:-1]).log()).sum(-1).mean()
@@ -108,7 +118,7 @@ def test_drift_is_the_divergence_over_the_prefix_and_the_merged_pivot():
 
 def test_the_loss_is_a_sum_over_rows_however_they_are_split():
     model, ref, pairs = tiny(), tiny(1), some_pairs(8)
-    loss, batch = dpo.preference_loss(.1, ref, 1.), dpo.collate_tokens(pairs, [.1] * 8)
+    loss, batch = dpo.preference_loss(.1, ref, 1.), dpo.collate_tokens(rows(pairs, [.1] * 8))
     whole = gradient(model, loss, batch)
     parts = sum(gradient(model, loss, {k: v[i:i + 2] for k, v in batch.items()}) for i in range(0, 8, 2))
     assert torch.allclose(whole, parts, rtol=1e-4, atol=2e-6 * whole.abs().max())
@@ -116,8 +126,8 @@ def test_the_loss_is_a_sum_over_rows_however_they_are_split():
 
 def test_padding_changes_nothing():
     model, pairs = tiny(), some_pairs(4)
-    alone = [dpo.margins(model, dpo.collate_tokens([r], [0.]))[0].item() for r in pairs]
-    assert torch.allclose(dpo.margins(model, dpo.collate_tokens(pairs, [0.] * 4))[0], torch.tensor(alone), atol=1e-4)
+    alone = [dpo.margins(model, dpo.collate_tokens([[r]]))[0].item() for r in pairs]
+    assert torch.allclose(dpo.margins(model, dpo.collate_tokens(rows(pairs)))[0], torch.tensor(alone), atol=1e-4)
 
 
 def test_batches_are_a_function_of_seed_and_step_and_visit_every_pair_each_epoch():
@@ -127,7 +137,7 @@ def test_batches_are_a_function_of_seed_and_step_and_visit_every_pair_each_epoch
     again = dpo.PairBatches(pairs, list(range(14)), 2, epochs=3, seed=5)
     for s in reversed(range(len(batches))):
         assert all(torch.equal(v, again.batch(s)[k]) for k, v in batches.batch(s).items())
-    seen = sorted(int(m) for s in range(len(batches)) for m in batches.batch(s)['reference'])
+    seen = sorted(int(m) for s in range(len(batches)) for m in batches.batch(s)['reference'].flatten())
     assert seen == sorted(3 * list(range(14)))
     assert all(batches.batch(s)['input_ids'].dim() == (2 if batches.batch(s)['reference'].max() < 10 else 3) for s in range(len(batches)))
 
@@ -161,7 +171,8 @@ def test_training_prefers_the_chosen_and_resumes_bit_for_bit(tmp_path):
 def test_bad_input_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match='did the search find any'): dpo.train_dpo(tiny(), tiny(), [], TrainSettings(lr=1e-4), tmp_path)
     with pytest.raises(ValueError, match='tokens'): dpo.train_dpo(tiny(), tiny(), some_pairs(2), TrainSettings(lr=1e-4), tmp_path, kind='tokens')
-    with pytest.raises(ValueError, match='pass ref'): dpo.preference_loss(.1, kl_weight=1.)
+    with pytest.raises(ValueError, match='pass ref'): dpo.train_dpo(tiny(), None, some_pairs(2), TrainSettings(lr=1e-4), tmp_path)
+    with pytest.raises(ValueError, match="'hinge': choose one of sigmoid, ipo"): dpo.preference_loss(.1, loss='hinge')
 
 
 def test_chat_pairs_end_with_im_end_unless_cut():
@@ -171,3 +182,198 @@ def test_chat_pairs_end_with_im_end_unless_cut():
     row, cut = make(), make(max_tokens=3)
     assert row['chosen_ids'][-1] == row['rejected_ids'][-1] == end and row['chosen_ids'].count(end) == 1 and row['prompt'].endswith('assistant<|im_sep|>')
     assert cut['chosen_ids'] == row['chosen_ids'][:3] and json.dumps(row)
+
+
+def llama(seed=0, **kw):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, initializer_range=.2, **kw))
+
+
+def gpt2(seed=0):  # dropout everywhere, no grouped heads, learned positions
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=48, n_layer=2, n_head=4, n_positions=64, initializer_range=.2, bos_token_id=1, eos_token_id=1))
+
+
+def phi(seed=0):  # its output layer has a bias
+    torch.manual_seed(seed)
+    model = PhiForCausalLM(PhiConfig(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, initializer_range=.2))
+    with torch.no_grad(): model.lm_head.bias.normal_()
+    return model
+
+
+MODELS = {'ours': tiny, 'llama': llama, 'llama tied': lambda seed=0: llama(seed, tie_word_embeddings=True), 'gpt2': gpt2, 'phi': phi}
+ALL_TERMS = dict(kl_weight=1., nll_weight=.3)
+
+
+def logits(model, ids): return model(ids) if isinstance(model, Transformer) else model(ids).logits
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('single', [True, False])
+@pytest.mark.parametrize('loss', dpo.LOSSES)
+def test_every_loss_on_every_model_is_its_formula(name, single, loss):
+    "Each written out again, with one forward a sequence and full log-softmaxes."
+    model, ref = (dpo.without_dropout(MODELS[name](seed)) for seed in (0, 1))
+    pairs, beta, gamma, eps = some_pairs(4, single=single), .3, .7, .2
+    references = [0.] * 4 if loss == 'simpo' else dpo.reference_margins(ref, pairs, per_token=loss in dpo.PER_TOKEN)
+    batch = dpo.PairBatches(pairs, references, 4, 1, label_smoothing=[eps] * 4).batch(0)
+    def formula(model, _):
+        total = 0.
+        for r in pairs:
+            sums, means = [], []
+            for m in (model, ref):
+                for k in ('chosen_ids', 'rejected_ids'):
+                    table = logits(m, torch.tensor([r['prompt_ids'] + r[k]])).float().log_softmax(-1)[0]
+                    sums.append(sum(table[len(r['prompt_ids']) + i - 1, t] for i, t in enumerate(r[k])))
+                    means.append(sums[-1] / len(r[k]))
+            g, per_token = sums[0] - sums[1] - (sums[2] - sums[3]).detach(), means[0] - means[1] - (means[2] - means[3]).detach()
+            sig = lambda x: -torch.nn.functional.logsigmoid(x)
+            total = total + dict(sigmoid=sig(beta * g), ipo=(per_token - 1 / (2 * beta)) ** 2, cdpo=(1 - eps) * sig(beta * g) + eps * sig(-beta * g),
+                                 robust=((1 - eps) * sig(beta * g) - eps * sig(-beta * g)) / (1 - 2 * eps), simpo=sig(beta * (means[0] - means[1]) - gamma))[loss] - .3 * means[0]
+        return total,
+    fast, plain = gradient(model.train(), dpo.preference_loss(beta, loss=loss, gamma=gamma, nll_weight=.3), batch), gradient(model, formula, batch)
+    assert torch.allclose(fast, plain, rtol=1e-3, atol=1e-5 * plain.abs().max()) and plain.abs().max() > .01
+
+
+def on_trajectories(n=5, seed=0):
+    "Single-token pairs, one to four on a trajectory, two of them at the same place."
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for t in range(n):
+        ids = [t, *torch.randint(64, (20,), generator=g).tolist()]
+        out += [pair(ids[:at], [ids[at]], [(ids[at] + 1 + j) % 64]) for j, at in enumerate(sorted([3 + t, 3 + t, 12, 20][:t % 4 + 1]))]
+    return [r | dict(id=str(i)) for i, r in enumerate(out)]
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_pivots_of_a_trajectory_in_one_row_are_the_pairs_one_by_one(name):
+    model, ref, pairs = dpo.without_dropout(MODELS[name]()), dpo.without_dropout(MODELS[name](1)), on_trajectories()
+    alone, shared = dpo.reference_margins(ref, pairs), dpo.reference_margins(ref, pairs, 'trajectory')
+    assert alone == pytest.approx(shared, abs=1e-4) and len(dpo.trajectories(pairs)) == 5 < len(pairs)
+    batch, loss = dpo.PairBatches(pairs, alone, 5, 1, kind='trajectory').batch(0), dpo.preference_loss(.3, ref, **ALL_TERMS)
+    total, n, sums = loss(model, batch)
+    apart = [loss(model, dpo.collate_tokens([row])) for row in rows(pairs, alone)]
+    assert n == len(pairs) and torch.allclose(total, sum(t for t, *_ in apart), rtol=1e-5)
+    for k in sums: assert torch.allclose(torch.as_tensor(sums[k]).double(), sum(torch.as_tensor(s[k]).double() for *_, s in apart), rtol=1e-4, atol=1e-5), k
+    together, one_by_one = gradient(model, loss, batch), sum(gradient(model, loss, dpo.collate_tokens([row])) for row in rows(pairs, alone))
+    assert torch.allclose(together, one_by_one, rtol=1e-4, atol=2e-6 * one_by_one.abs().max())
+    parts = sum(gradient(model, loss, {k: v[i:i + 1] for k, v in batch.items()}) for i in range(5))
+    assert torch.allclose(together, parts, rtol=1e-4, atol=2e-6 * parts.abs().max())
+
+
+@pytest.mark.parametrize('single', [True, False])
+def test_logits_in_chunks_change_nothing_and_are_never_all_there(single, monkeypatch):
+    model, ref, pairs = llama(), llama(1), some_pairs(6, single=single)
+    batch = dpo.PairBatches(pairs, [.1] * 6, 6, 1).batch(0)
+    loss, seen = dpo.preference_loss(.3, ref, **ALL_TERMS), []
+    model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.numel()))
+    whole, at_once = gradient(model, loss, batch), max(seen)
+    seen.clear()
+    monkeypatch.setattr(dpo, 'LOGITS', 64 * 5)
+    assert torch.allclose(gradient(model, loss, batch), whole, rtol=1e-4, atol=2e-6 * whole.abs().max())
+    assert max(seen) <= 64 * 5 < at_once
+
+
+def test_label_noise_is_the_beta_probability():
+    from scipy.integrate import quad
+    from scipy.stats import beta
+    for n1, k1, n2, k2 in [(0, 0, 0, 0), (10, 7, 10, 5), (50, 45, 12, 3), (3, 0, 200, 199), (1, 1, 60, 57)]:
+        exact = quad(lambda x: beta.pdf(x, k2 + 1, n2 - k2 + 1) * beta.cdf(x, k1 + 1, n1 - k1 + 1), 0, 1, limit=400)[0]
+        assert dpo.label_noise(n1, k1, n2, k2) == pytest.approx(exact, abs=1e-7)
+    assert dpo.label_noise(10, 7, 10, 5) + dpo.label_noise(10, 5, 10, 7) == pytest.approx(1)
+
+
+def test_each_pair_is_smoothed_by_its_own_counts(tmp_path, monkeypatch):
+    pairs, seen = some_pairs(3), {}
+    pairs[0]['meta'], pairs[1]['meta'] = (dict(n_chosen=10, k_chosen=k, n_rejected=10, k_rejected=5) for k in (9, 6))
+    monkeypatch.setattr(dpo, 'train', lambda model, batches, *args, loss: seen.update(batch=batches.batch(0)))
+    dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, loss='cdpo', label_smoothing=.07, batch_size=3)
+    of = dict(zip(seen['batch']['chosen'].flatten().tolist(), seen['batch']['label_smoothing'].flatten().tolist()))
+    assert [of[r['chosen_ids'][0]] for r in pairs] == pytest.approx([dpo.label_noise(10, 9, 10, 5), dpo.label_noise(10, 6, 10, 5), .07])
+    pairs[2]['meta'] = dict(n_chosen=1, k_chosen=1, n_rejected=60, k_rejected=58)
+    with pytest.raises(ValueError, match='leave the pair out'): dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, loss='robust')
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_any_causal_model_is_trained_and_resumes(name, tmp_path):
+    pairs, base = on_trajectories() + some_pairs(4, seed=1, single=False), MODELS[name]()
+    def go(out):
+        model = copy.deepcopy(base)
+        log = dpo.train_dpo(model, copy.deepcopy(base), pairs, TrainSettings(lr=1e-3, weight_decay=0., precision='float32', tracker='none'), tmp_path/out, kind='trajectory', epochs=8, batch_size=4, kl_weight=.1)
+        return model.state_dict(), log
+    weights, log = go('a')  # the second call finds the checkpoint of the first
+    assert log[0]['loss'] == pytest.approx(math.log(2), abs=1e-5) and log[-1]['loss'] < .6 and {'chosen_logp', 'rejected_logp'} < set(log[0])
+    assert all(torch.equal(v, weights[k]) for k, v in go('a')[0].items())
+
+
+def test_a_run_is_not_continued_with_another_loss(tmp_path):
+    settings = TrainSettings(lr=1e-3, precision='float32', tracker='none')
+    dpo.train_dpo(tiny(), tiny(), some_pairs(4), settings, tmp_path, epochs=1, batch_size=4)
+    with pytest.raises(ValueError, match="'loss': 'sigmoid'.*'loss': 'ipo'"): dpo.train_dpo(tiny(), tiny(), some_pairs(4), settings, tmp_path, loss='ipo', epochs=1, batch_size=4)
+
+
+def test_models_that_would_be_trained_wrongly_are_refused(tmp_path):
+    gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, head_dim=12, final_logit_softcapping=.02))
+    with pytest.raises(ValueError, match='caps or scales'): dpo.train_dpo(gemma, gemma, some_pairs(2), TrainSettings(lr=1e-4), tmp_path)
+
+
+needs_peft = pytest.mark.skipif(find_spec('peft') is None, reason='peft is not installed: pip install phi4_ref[peft]')
+ADAPTED = {'ours': ['qkv_proj', 'o_proj', 'gate_up_proj'], 'llama': 'all-linear', 'gpt2': ['c_attn'], 'phi': ['q_proj', 'v_proj']}
+
+
+@needs_peft
+@pytest.mark.parametrize('name', ADAPTED)
+def test_an_adapter_switched_off_is_the_reference(name, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    pairs, base = on_trajectories() + some_pairs(3, seed=1, single=False), MODELS[name]()
+    before = copy.deepcopy(base.state_dict())
+    torch.manual_seed(2)
+    policy = get_peft_model(base, LoraConfig(r=4, target_modules=ADAPTED[name], lora_dropout=.1))
+    log = dpo.train_dpo(policy, None, pairs, TrainSettings(lr=1e-2, weight_decay=0., precision='float32', tracker='none'), tmp_path, kind='trajectory', epochs=10, batch_size=4, kl_weight=.1)
+    assert log[0]['loss'] == pytest.approx(math.log(2), abs=1e-5) and log[0]['kl'] == pytest.approx(0, abs=1e-6) and log[-1]['loss'] < .6 and log[-1]['kl'] > 1e-4
+    frozen = MODELS[name]()
+    assert dpo.reference_margins(frozen.eval(), pairs) == pytest.approx(disabled(policy, pairs), abs=1e-5)  # the weights beneath have not moved
+    a = gradient_of_trained(policy, dpo.preference_loss(.3, frozen, **ALL_TERMS), pairs)
+    b = gradient_of_trained(policy, dpo.preference_loss(.3, None, **ALL_TERMS), pairs)
+    assert torch.allclose(a, b, rtol=1e-4, atol=2e-6 * a.abs().max()) and a.abs().max() > 1e-3
+    merged = policy.merge_and_unload()
+    assert type(merged) is type(frozen) and set(merged.state_dict()) == set(before)
+
+
+def disabled(policy, pairs):
+    with dpo.as_reference(policy, None) as ref: return dpo.reference_margins(ref, pairs)
+
+
+def gradient_of_trained(model, loss, pairs):
+    model.zero_grad()
+    for s in range(2): loss(model, dpo.PairBatches(pairs, [.1] * len(pairs), 4, 1, kind='trajectory').batch(s))[0].backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@needs_peft
+def test_an_adapter_on_the_output_layer_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    policy = get_peft_model(llama(), LoraConfig(r=4, target_modules=['q_proj', 'lm_head']))
+    with pytest.raises(ValueError, match='leave it out of the adapter'): dpo.train_dpo(policy, None, some_pairs(2), TrainSettings(lr=1e-4), tmp_path)
+
+
+def test_mixture_by_counts():
+    sources = {name: [dict(source=name, i=i) for i in range(n // 100)] for name, n in TABLE_7.items()}
+    mixed = dpo.mixture(sources, TABLE_7, size=1000, seed=1)
+    by_name = Counter(r['source'] for r in mixed)
+    assert len(mixed) == 1000 and all(abs(by_name[k] - 1000 * n / sum(TABLE_7.values())) <= 1 for k, n in TABLE_7.items())
+    assert len({(r['source'], r['i']) for r in mixed}) == 1000 and mixed == dpo.mixture(sources, TABLE_7, size=1000, seed=1) != dpo.mixture(sources, TABLE_7, size=1000, seed=2)
+    assert Counter(r['source'] for r in dpo.mixture(sources, {k: len(v) for k, v in sources.items()})) == {k: len(v) for k, v in sources.items()}
+    with pytest.raises(ValueError, match='math has 765 rows of 76552') as e: dpo.mixture(sources, TABLE_7)
+    largest = int(str(e.value).split('size=')[1].split()[0])
+    assert abs(len(dpo.mixture(sources, TABLE_7, size=largest - 5)) - largest) <= 5
+    with pytest.raises(ValueError, match='same names'): dpo.mixture(dict(math=[]), TABLE_7)
+
+
+@pytest.mark.skipif(find_spec('trl') is None, reason='TRL is not installed: pip install phi4_ref[bench]')
+@pytest.mark.parametrize('size', ['toy', 'llama'])
+def test_gradient_is_that_of_trl_without_its_end_of_text(size, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent/'bench'))
+    from dpo_step import gradients
+    apart = gradients(size, pivots=2, trajectories=2 if size == 'toy' else 1)
+    assert apart['token'] < 1e-4 and apart['trajectory'] < 1e-4 < apart['end of text']

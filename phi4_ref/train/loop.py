@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..data.shards import PartStore
-from ..model.transformer import flops_per_token
+from ..model.transformer import ModelConfig, flops_per_token
 from .checkpoint import background_group, describe_run, finish, restore, rng_state, save, set_rng_state
 from .data import StreamRows, share_of
 from .devices import this_device
@@ -298,13 +298,13 @@ def interrupt_flag():
 
 # %% ../../nbs/41_train.loop.ipynb #c55aec1e
 def utilisation(
-    config,         # `ModelConfig`
+    config,         # `ModelConfig`; another model's: nothing is known of its FLOPs
     batch:dict,     # of this process
     seconds:float,  # that the step took
     device,         # `train.devices.Device`; None: not known
 )->dict:            # {'mfu': share of the peak}, or nothing
     "Model FLOPs utilisation of a process in a step (PaLM, App. B)."
-    if device is None: return {}
+    if device is None or not isinstance(config, ModelConfig): return {}
     widths = {v.shape[-1]: v.numel() for k, v in batch.items() if k.endswith('input_ids')}
     flops = sum(tokens * flops_per_token(config, width) for width, tokens in widths.items())
     return dict(mfu=flops / seconds / device.peak_bf16_flops)
