@@ -290,8 +290,8 @@ def judge_section(run:Path)->str:
     counts = load_json(run/'judge/counts.json')
     show = lambda i: f'{i[0]:+.2f} [{i[1]:+.2f}, {i[2]:+.2f}]'
     rows = [[r['place'], r['n'], show(r['lift']), f"{r['wins']:.2f}", f"{r['expected']:.2f}", show(r['excess'])] for r in counts.get('position_bias', [])]
-    return ('The judge\'s counts: ' + counts_line(counts) + f". The paper's stage 2 had about {paper.DPO['judge_pairs']:,} pairs (phi-4 §4.2)." + ('\n\nWhat each place in the shuffled list earned: points above the mean of its '
-            'conversation, and how often it was best, beside the chance of a fair judge; both differences are 0 for one.\n\n' + table(['place', 'conversations', 'points', 'best', 'fair', 'difference'], rows) if rows else ''))
+    return ('The judge\'s counts: ' + counts_line(counts) + f". The paper's stage 2 had about {paper.DPO['judge_pairs']:,} pairs (phi-4 §4.2)." + ('\n\nWhat each place in the shuffled list earned: points beyond what its replies\' models earn '
+            'on average, and how often it was best, beside the chance under a fair judge; points and difference are 0 for one.\n\n' + table(['place', 'conversations', 'points', 'best', 'fair', 'difference'], rows) if rows else ''))
 
 # %% ../../nbs/65_eval.report.ipynb #14e5449e
 def read_log(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGE', 'SCORES', 'LOW', 'HIGH', 'ModelChat', 'collect_replies', 'judge_prompt', 'parse_score', 'parse_scores',
-           'judge', 'choose_pairs', 'interval95', 'position_bias', 'place_means', 'opposed', 'pair_rows', 'judge_pairs',
-           'judge_scorer']
+           'judge', 'choose_pairs', 'interval95', 'earnings', 'position_bias', 'place_means', 'opposed', 'pair_rows',
+           'judge_pairs', 'judge_scorer']
 
 # %% ../../nbs/53_post.judge.ipynb #3ec3394a
 import math
@@ -138,17 +138,27 @@ def interval95(
     half = float(stdtrit(len(values) - 1, .975)) * stdev(values) / math.sqrt(len(values))
     return [round(v, 4) for v in (mean(values), mean(values) - half, mean(values) + half)]
 
+def earnings(
+    scored:list[dict] # replies of one conversation, as from `judge`
+)->list[tuple]:       # per reply (place, model, points above the mean, share of being the best, 1/n)
+    "What each reply earned beside its neighbours."
+    all_ = [r['overall'] for r in scored]
+    return [(r['place'], r.get('model'), r['overall'] - mean(all_), (r['overall'] == max(all_)) / all_.count(max(all_)), 1 / len(all_)) for r in scored]
+
 def position_bias(
     judged:list # as from `judge`
 )->list[dict]:  # per place with two conversations or more {place, n, lift, wins, expected, excess}; lift, excess: [mean, low, high]
-    "What each place earned beyond its conversation's mean, and won beyond 1/n: 0 for a fair judge."
-    rows, scored = [], [s for s in judged if s]
-    for place in range(max(map(len, scored), default=0)):
-        there = [(next(r['overall'] for r in s if r['place'] == place), [r['overall'] for r in s]) for s in scored if len(s) > place]
+    "Points and wins that each place earned beyond what whoever stood there earns elsewhere: 0 for a fair judge."
+    earned, rows = [e for scored in judged if scored for e in earnings(scored)], []
+    groups = {}
+    for place, model, points, won, fair in earned: groups.setdefault((model, fair), []).append((points, won - fair))
+    usual = {who: [mean(column) for column in zip(*group)] for who, group in groups.items()}
+    for place in sorted({e[0] for e in earned}):
+        there = [(points - usual[m, fair][0], won, fair + usual[m, fair][1]) for p, m, points, won, fair in earned if p == place]
         if len(there) < 2: continue
-        won, fair = [(here == max(all_)) / all_.count(max(all_)) for here, all_ in there], [1 / len(all_) for _, all_ in there]
-        rows.append(dict(place=place + 1, n=len(there), lift=interval95([here - mean(all_) for here, all_ in there]), wins=round(mean(won), 4),
-                         expected=round(mean(fair), 4), excess=interval95([w - f for w, f in zip(won, fair)])))
+        lifts, won, fair = zip(*there)
+        rows.append(dict(place=place + 1, n=len(there), lift=interval95(lifts), wins=round(mean(won), 4), expected=round(mean(fair), 4),
+                         excess=interval95([w - f for w, f in zip(won, fair)])))
     return rows
 
 # %% ../../nbs/53_post.judge.ipynb #c4e9b105
