@@ -145,6 +145,7 @@ def earnings(
     all_ = [r['overall'] for r in scored]
     return [(r['place'], r.get('model'), r['overall'] - mean(all_), (r['overall'] == max(all_)) / all_.count(max(all_)), 1 / len(all_)) for r in scored]
 
+# %% ../../nbs/53_post.judge.ipynb #f16c02d8
 def position_bias(
     judged:list # as from `judge`
 )->list[dict]:  # per place with two conversations or more {place, n, lift, wins, expected, excess}; lift, excess: [mean, low, high]
@@ -176,6 +177,7 @@ def opposed(
     said = {(a['text'], b['text']) for _, a, b in pairs}
     return sum((b, a) in said for a, b in said) // 2
 
+# %% ../../nbs/53_post.judge.ipynb #2b9d7e50
 def pair_rows(
     tokenizer,           # with phi-4's chat tokens
     messages:list[dict], # the conversation up to the user's last turn
