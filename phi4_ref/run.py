@@ -258,19 +258,15 @@ def best_answers(
     llm,                   # writer and judge
     n:int,                 # candidates per question
     seed:int,
-)->list[dict]:             # CONVERSATION rows
-    "The best of n sampled answers to each question, by the judge's mean score (phi-4 §2.4)."
+)->tuple[list[dict], dict]: # CONVERSATION rows; what was kept and what rejected
+    "The best of n sampled answers to each question, by the judge's mean score, ties to the one it read first (phi-4 §2.4)."
     from phi4_ref.post.judge import collect_replies, judge
-    from phi4_ref.train.sft import best_of_n
+    from phi4_ref.train.sft import rejection_sample
     chats = [[{"role": "user", "content": q["question"]}] for q in questions]
     replies = collect_replies(chats, [(llm, n)], seed=seed)
-    judged, _ = judge(chats, replies, llm, seed)
-    rows = []
-    for question, chat, written, scored in zip(questions, chats, replies, judged):
-        if not written: continue
-        best = best_of_n(scored, lambda rs: [r["overall"] for r in rs])[0] if scored else written[0]
-        rows.append({"id": f"best/{question['id']}", "messages": chat + [{"role": "assistant", "content": best["text"]}], "source": "teacher", "meta": {"candidates": len(written)}})
-    return rows
+    read = [scored or written for scored, written in zip(judge(chats, replies, llm, seed)[0], replies)]
+    candidates = [[r["text"] for r in rows] for rows in read]
+    return rejection_sample(questions, candidates, lambda *_: [[r.get("overall") for r in rows] for rows in read], source="teacher")
 
 # %% ../nbs/70_run.ipynb #63e53413
 def refusals(c, inputs, out, llm):
@@ -281,15 +277,18 @@ def refusals(c, inputs, out, llm):
     if not trivia: return [], {}
     known = sample_knowledge(trivia, BaseModelLLM(model, tokenizer), c.sft_data.refusal_samples, seed=c.seed)
     texts, counts = write_texts(trivia, llm, c.seed)
-    save(out/"refusal_pairs.parquet", refusal_dpo(known, texts, tokenizer), PREFERENCE)
-    return refusal_sft(known, texts), counts | {"usually right": sum(r["p_right"] > 0.5 for r in known)}
+    pairs, paired = refusal_dpo(known, texts, tokenizer)
+    save(out/"refusal_pairs.parquet", pairs, PREFERENCE)
+    return refusal_sft(known, texts), counts | {"usually right": sum(r["p_right"] > 0.5 for r in known)} | paired
 
 # %% ../nbs/70_run.ipynb #5a2d5791
 def sft_data(c, inputs, out):
     "What fine-tuning learns from: people's and synthetic chats, the best of several answers, refusals (phi-4 §2.4, §4.1, App. A.1)."
     llm, s = make_teacher(c, out/"replies.sqlite"), c.sft_data
     rows = load(inputs["collect"]/"conversations.parquet", CONVERSATION) + load(inputs["synth"]/"conversations.parquet", CONVERSATION)
-    rows += best_answers(load(inputs["synth"]/"questions.parquet", QUESTION)[:s.questions], llm, s.candidates, c.seed)
+    best, sampled = best_answers(load(inputs["synth"]/"questions.parquet", QUESTION)[:s.questions], llm, s.candidates, c.seed)
+    rows += best
+    save_json(out/"best_counts.json", sampled)
     refused, counts = refusals(c, inputs, out, llm)
     save_json(out/"refusal_counts.json", counts)
     save(out/"conversations.parquet", rows + refused, CONVERSATION)

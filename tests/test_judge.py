@@ -1,11 +1,16 @@
-"Judge-guided pairs: what is shown, what is believed, and which pairs come out."
+"Judge-guided pairs: what is shown, what is believed, which pairs come out, and whether the judge favours a place."
 import json
 import random
+from itertools import permutations
+from statistics import mean
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.post import judge
+from phi4_ref.synth.llm import Stored
+from phi4_ref.train.sft import rejection_sample
 
 TOKENIZER = train_tokenizer(['good bad fine poor reply to the question'] * 3, 320)
 ASK = [dict(role='user', content='Which?')]
@@ -53,9 +58,119 @@ def test_the_order_is_shuffled_by_the_seed_and_scores_return_to_their_replies():
     assert judge.judge([ASK] * 40, [REPLIES] * 40, Scripted(SCORES), seed=1)[0] == judged != judge.judge([ASK] * 40, [REPLIES] * 40, Scripted(SCORES), seed=2)[0]
 
 
+def test_each_reply_stands_at_each_place_alike():
+    judged, _ = judge.judge([ASK] * 1200, [REPLIES] * 1200, Scripted(SCORES))
+    for place in range(4):
+        shares = [sum(r['place'] == place and r['text'] == t for rows in judged for r in rows) / 1200 for t in SCORES]
+        assert all(abs(s - .25) < .06 for s in shares)  # 4.8 standard errors
+
+
 def test_position_bias_is_reported():
-    fair, partial = (judge.judge_pairs([ASK] * 200, [REPLIES] * 200, Scripted(SCORES, bias=b), TOKENIZER)[1]['overall_by_place'] for b in (0, 2))
-    assert max(fair) - min(fair) < .5 and partial[0] - max(partial[1:]) > .8
+    fair, partial = (judge.judge_pairs([ASK] * 200, [REPLIES] * 200, Scripted(SCORES, bias=b), TOKENIZER)[1] for b in (0, 2))
+    assert max(fair['overall_by_place']) - min(fair['overall_by_place']) < .5 and partial['overall_by_place'][0] - max(partial['overall_by_place'][1:]) > .8
+    rows = partial['position_bias']
+    assert [r['place'] for r in rows] == [1, 2, 3, 4] and {r['n'] for r in rows} == {200} and all(abs(r['expected'] - .25) < .08 for r in rows)
+    assert rows[0]['lift'][1] > .5 and rows[0]['excess'][1] > 0 and all(r['lift'][2] < 0 for r in rows[1:])
+    assert json.loads(json.dumps(partial)) == partial
+
+
+def test_harder_conversations_with_more_replies_are_no_bias():
+    scored = lambda n, score: [dict(text=str(i), overall=score, place=i) for i in range(n)]
+    judged = [scored(2, 5.)] * 30 + [scored(4, 1.)] * 10 + [None]
+    assert judge.place_means(judged) == [4., 4., 1., 1.]  # the raw means say that places 3 and 4 are disliked
+    rows = judge.position_bias(judged)
+    assert [r['lift'] for r in rows] == [[0., 0., 0.]] * 4 == [r['excess'] for r in rows]
+    assert [(r['n'], r['wins'], r['expected']) for r in rows] == [(40, .4375, .4375)] * 2 + [(10, .25, .25)] * 2
+    assert judge.position_bias([None]) == [] == judge.position_bias([scored(2, 3.)])  # one conversation has no spread
+
+
+def test_a_lot_that_favours_a_model_is_no_bias():
+    def judged(strong, weak, first): return [[dict(model=m, overall=s + first * (p == 0), place=p) for p, (m, s) in enumerate(two)] for two in
+                                             [[('strong', strong), ('weak', weak)]] * 28 + [[('weak', weak), ('strong', strong)]] * 12]
+    fair, partial = (judge.position_bias(judged(4., 2., first)) for first in (0, .5))
+    assert [r['lift'] for r in fair] == [[0., 0., 0.]] * 2 == [r['excess'] for r in fair] and [r['wins'] for r in fair] == [.7, .3] == [r['expected'] for r in fair]
+    assert partial[0]['lift'][1] > 0 > partial[1]['lift'][2]
+    alone, three = [('strong', 4.), ('weak', 2.)], [('strong', 4.)] + [('weak', 2.)] * 3  # a weak reply is further below the mean of two than of four
+    mixed = [[dict(model=m, overall=s, place=p) for p, (m, s) in enumerate(random.Random(i).sample(two, len(two)))] for i, two in enumerate([alone] * 30 + [three] * 10)]
+    assert all(abs(v) < 1e-9 for r in judge.position_bias(mixed) for v in (*r['lift'], *r['excess']))
+    even = judge.position_bias(judged(3., 3., .5))
+    assert even[0]['wins'] == 1 and even[0]['excess'][1] > 0
+
+
+def test_the_interval_covers_a_fair_judge_as_often_as_it_says():
+    rng, hits, wins = random.Random(0), 0, 0
+    for _ in range(400):
+        judged = []
+        for _ in range(40):
+            models = ['strong'] + ['weak'] * rng.choice((1, 2, 3))
+            values = [rng.choice((1, 5) if m == 'weak' else (5, 5, 5, 1)) / 3 + rng.choice((2, 3, 4)) * 2 / 3 for m in models]
+            judged.append([dict(model=m, overall=v, place=p) for m, v, p in zip(models, values, rng.sample(range(len(values)), len(values)))])
+        ends = judge.position_bias(judged)
+        for row in (ends[0], ends[2]): hits += row['lift'][1] <= 0 <= row['lift'][2]; wins += row['excess'][1] <= 0 <= row['excess'][2]
+    assert .92 <= hits / 800 <= .98 and .92 <= wins / 800 <= .98
+
+
+scored_replies = st.lists(st.tuples(*[st.integers(1, 5)] * 3), min_size=2, max_size=5).map(
+    lambda rows: [dict(text=str(i), accuracy=float(a), overall=mean((float(a), float(s), float(d)))) for i, (a, s, d) in enumerate(rows)])
+
+@settings(max_examples=200, deadline=None)
+@given(scored_replies, st.sampled_from([0., 1 / 3, 1., 2.]))
+def test_pairs_are_the_extremes_or_all_that_lead_far_enough(rows, gap):
+    leads = lambda kind: {(a['text'], b['text']) for a, b in permutations(rows, 2) if a[kind] > b[kind] and round(a[kind] - b[kind], 6) >= round(gap, 6)}
+    for kind, a, b in judge.choose_pairs(rows, gap): assert (a['text'], b['text']) in leads(kind) and a[kind] - b[kind] == max(r[kind] for r in rows) - min(r[kind] for r in rows)
+    every = judge.choose_pairs(rows, gap, None)
+    said = [(a['text'], b['text']) for _, a, b in every]
+    assert len(said) == len(set(said)) and set(said) == leads('accuracy') | leads('overall')
+    assert {(a['text'], b['text']) for k, a, b in every if k == 'accuracy'} == leads('accuracy')
+    assert judge.opposed(every) == len({frozenset(p) for p in said if p[::-1] in said})
+    first = judge.choose_pairs(rows, gap)
+    assert {(a['text'], b['text']) for _, a, b in first} <= set(said) and bool(first) == bool(every) and len(first) <= 2
+    best, worst = max(rows, key=lambda r: (r['accuracy'], r['overall'])), min(rows, key=lambda r: (r['accuracy'], r['overall']))
+    if leads('accuracy'): assert [(p[1][k], p[2][k]) for p in first[:1] for k in ('accuracy', 'overall')] == [(best[k], worst[k]) for k in ('accuracy', 'overall')]
+
+
+def test_every_conversation_is_accounted_for():
+    fates = dict(wide=[(5, 5, 5), (1, 1, 1)], near=[(3, 3, 3), (3, 3, 4)], tie=[(2, 2, 2), (2, 2, 2)], split=[(5, 1, 1), (3, 5, 5)])
+    table = {f'{name} {i}': s for name, two in fates.items() for i, s in enumerate(two)}
+    replies = [[dict(model='m', text=f'{name} {i}') for i in (0, 1)] for name in fates] + [[dict(model='m', text='alone')]]
+    rows, counts = judge.judge_pairs([ASK] * 5, replies, Scripted(table), TOKENIZER, min_gap=1.)
+    told = {k: counts[k] for k in ('prompts', 'judged', 'alike', 'ties', 'near_ties', 'opposed', 'accuracy_pairs', 'overall_pairs')}
+    assert told == dict(prompts=5, judged=4, alike=1, ties=1, near_ties=1, opposed=1, accuracy_pairs=2, overall_pairs=1)
+    near, counts = judge.judge_pairs([ASK] * 5, replies, Scripted(table), TOKENIZER)
+    assert counts['near_ties'] == 0 and len(near) == len(rows) + 1
+    every, _ = judge.judge_pairs([ASK] * 2, [REPLIES] * 2, Scripted(SCORES), TOKENIZER, most=None)
+    assert len({r['id'] for r in every}) == len(every) == 16 and {r['source'] for r in every} == {'judge_accuracy', 'judge_overall'}
+
+
+@pytest.mark.parametrize('after', range(0, 34, 5))
+def test_a_killed_run_pays_for_no_verdict_twice(tmp_path, after):
+    class Line(Scripted):
+        "Drops before the call that would go over `after` conversations; one verdict in ten is malformed."
+        left = 10**9
+        def chat(self, chats, **sampling):
+            self.left -= len(chats)
+            if self.left < 0: raise RuntimeError('connection lost')
+            out = super().chat(chats, **sampling)
+            return ['None of them.' if random.Random(f"{sampling['seed']}{c[0]['content']}").random() < .1 else o for c, o in zip(chats, out)]
+    chats = [[dict(role='user', content=f'Which of {i}?')] for i in range(30)]
+    replies = [REPLIES[:2 + i % 3] for i in range(30)]
+    whole = Line(SCORES)
+    expected = judge.judge(chats, replies, whole, seed=1)
+    first, second = Line(SCORES), Line(SCORES)
+    first.left = after
+    with pytest.raises(RuntimeError): judge.judge(chats, replies, Stored(first, tmp_path/'store', chunk=4), seed=1)
+    assert judge.judge(chats, replies, Stored(second, tmp_path/'store', chunk=4), seed=1) == expected
+    assert first.calls + second.calls == whole.calls > 30 and (first.calls > 0) == (after >= 4)
+
+
+def test_the_scorer_gives_each_candidate_its_own_score():
+    questions = [dict(id=str(i), question='Which?') for i in range(3)]
+    candidates = [['bad', 'good', 'fine'], ['poor'], ['fine', 'bad']]
+    for seed in range(6): assert judge.judge_scorer(Scripted(SCORES), seed)(questions, candidates) == [[3., 11 / 3, 14 / 3], [None], [14 / 3, 3.]]
+    rows, counts = rejection_sample(questions, candidates, judge.judge_scorer(Scripted(SCORES), 2))
+    assert [r['messages'][1]['content'] for r in rows] == ['fine', 'poor', 'fine'] and counts['rejected'] == 3
+    _, counts = rejection_sample(questions, candidates, judge.judge_scorer(Scripted(SCORES, broken=99), 2))
+    assert counts['unjudged'] == 2 and counts['kept'] == 1
 
 
 def test_malformed_replies_are_retried_then_set_aside():
@@ -68,9 +183,17 @@ def test_malformed_replies_are_retried_then_set_aside():
 @pytest.mark.parametrize('scores', [
     {'1': dict(accuracy=5, style=5, detail=5)},                                                            # a reply without scores
     {str(i): dict(accuracy=6, style=5, detail=5) for i in (1, 2)}, {str(i): dict(accuracy=0, style=5, detail=5) for i in (1, 2)}, {str(i): dict(accuracy=float('nan'), style=5, detail=5) for i in (1, 2)},
-    {str(i): dict(accuracy='high', style=5, detail=5) for i in (1, 2)}, [], 'all good', {str(i): dict(accuracy=5, style=5) for i in (1, 2)}])
+    {str(i): dict(accuracy='high', style=5, detail=5) for i in (1, 2)}, [], 'all good', {str(i): dict(accuracy=5, style=5) for i in (1, 2)},
+    {str(i): dict(accuracy=5, style=5, detail=5) for i in (1, 2, 3)}, {str(i): dict(accuracy=True, style=5, detail=5) for i in (1, 2)}])
 def test_incomplete_or_impossible_scores_are_malformed(scores):
-    with pytest.raises((ValueError, LookupError, TypeError, AttributeError)): judge.parse_scores(json.dumps(dict(scores=scores)), 2)
+    with pytest.raises((ValueError, LookupError, TypeError, AttributeError)): judge.parse_scores(json.dumps(dict(faults={}, discussion='', scores=scores)), 2)
+
+
+@pytest.mark.parametrize('part', ['faults', 'discussion', 'scores'])
+def test_a_verdict_has_all_parts(part):
+    verdict = dict(faults={'2': ['It is wrong.']}, discussion='', scores={str(i): dict(accuracy=i, style='5', detail=4.5) for i in (1, 2)})
+    assert [(r['accuracy'], r['style'], r['detail'], r['faults']) for r in judge.parse_scores(json.dumps(verdict), 2)] == [(1., 5., 4.5, []), (2., 5., 4.5, ['It is wrong.'])]
+    with pytest.raises(LookupError): judge.parse_scores(json.dumps({k: v for k, v in verdict.items() if k != part}), 2)
 
 
 def test_a_reply_cannot_close_its_tag_or_speak_as_another():

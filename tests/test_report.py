@@ -34,7 +34,8 @@ def make_run(run, items):
     save(run/'eval/items.parquet', items, EVAL_ITEM)
     save_json(run/'curate/table.json', [{'step': 'near duplicates', 'in': 900, 'out': 800, 'precision': .91, 'recall': None}])
     save_json(run/'synth/counts.json', {'rewrite': {'seeds': 10, 'kept': 9}, 'seeds': {'in': 7, 'by_topic': {'a': 1}}})
-    save_json(run/'judge/counts.json', {'prompts': 300, 'pairs': 123, 'overall_by_place': [3.1, 3.2]})
+    save_json(run/'judge/counts.json', {'prompts': 300, 'pairs': 123, 'overall_by_place': [3.1, 3.2],
+        'position_bias': [dict(place=1, n=210, lift=[.25, .1, .4], wins=.5, expected=.4, excess=[.1, -.05, .25])]})
     save_json(run/'pretrain/mixture.json', [{'source': 'synthetic', 'fraction': .4, 'tokens': 1_600_000, 'unique': 400_000, 'epochs': 4.}, {'source': 'other', 'fraction': .6, 'tokens': 1, 'unique': 1, 'epochs': 1.}])
     for stage in ('pretrain', 'sft', 'dpo'):
         (run/stage).mkdir(exist_ok=True, parents=True)
@@ -74,6 +75,9 @@ def test_every_section_and_picture(run):
     text = path.read_text()
     assert path == run/'report/report.md' and text.startswith('# Report of the run `toy`')
     assert 'nothing to show' not in text and 'Not shown' not in text and 'seed 3' in text and '15 stages in 2.5 minutes' in text
+    assert rows_of(text, 'Judge')[2] == ['1', '210', '+0.25 [+0.10, +0.40]', '0.50', '0.40', '+0.10 [-0.05, +0.25]']
+    steps = rows_of(text.split('paired by question, with 95% intervals:')[0] + '## Steps' + text.split('paired by question, with 95% intervals:')[1], 'Steps')
+    assert steps[0] == ['questions', 'step', 'correct', 'not attempted', 'incorrect', 'F1'] and ['unknown', 'base to SFT'] in [r[:2] for r in steps] and len(steps) == 8
     pictures = re.findall(r'!\[[^\]]+\]\((\w+\.png)\)', text)
     assert sorted(pictures) == ['context.png', 'controls.png', 'figure3.png', 'losses.png', 'refusals.png']
     assert all((path.parent/p).read_bytes()[:4] == b'\x89PNG' and (path.parent/p).stat().st_size < 60_000 for p in pictures)

@@ -19,7 +19,7 @@ from phi4_ref.train.data import MixtureBatches, SFTBatches, StreamRows, WholeRow
 from phi4_ref.train.loop import TrainSettings, lm_loss, lr_at, make_optimizer, plain_lm_loss, process_share, train
 from phi4_ref.train.midtrain import long_data, midtrain, padded_data, raise_rope
 from phi4_ref.train.pretrain import pretrain
-from phi4_ref.train.sft import best_of_n, sft
+from phi4_ref.train.sft import best_of_n, rejection_sample, sft
 
 settings.register_profile('untimed', deadline=None, max_examples=40)
 settings.load_profile('untimed')
@@ -438,3 +438,25 @@ def test_sft(base, tmp_path):
 def test_best_of_n_is_stable():
     assert best_of_n(['a', 'b', 'c'], lambda c: [1, 2, 2]) == ('b', 2)
     assert best_of_n(['a', 'b'], lambda c: [None, 0]) == ('b', 0) and best_of_n(['a'], lambda c: [None]) == (None, None)
+    assert best_of_n(['a', 'b', 'c'], lambda c: [math.nan, 1, 0]) == ('b', 1) and best_of_n(['a'], lambda c: [math.nan]) == (None, None)
+    for scores in ([1], [1, 2, 3]):
+        with pytest.raises(ValueError): best_of_n(['a', 'b'], lambda c: scores)
+
+
+candidate_sets = st.lists(st.lists(st.tuples(st.sampled_from('abcd'), st.sampled_from([None, math.nan, 0., 1., 2.])), max_size=5), max_size=6)
+
+@settings(max_examples=200, deadline=None)
+@given(candidate_sets, st.sampled_from([None, 1., 2.]))
+def test_rejection_sampling_keeps_the_best_and_counts_the_rest(sets, at_least):
+    questions = [dict(id=str(i), question=f'q{i}') for i in range(len(sets))]
+    texts, scores = [[t for t, _ in s] for s in sets], [[v for _, v in s] for s in sets]
+    rows, counts = rejection_sample(questions, texts, lambda q, c: scores, at_least, source='x')
+    assert counts['questions'] == len(sets) == counts['unanswered'] + counts['unjudged'] + counts['below'] + counts['kept']
+    assert counts['kept'] == len(rows) and counts['candidates'] == sum(map(len, sets)) == counts['rejected'] + len(rows)
+    kept = {int(r['id'].removeprefix('best/')): r for r in rows}
+    for i, s in enumerate(sets):
+        numbers = [v for _, v in s if v is not None and v == v]
+        good = bool(numbers) and (at_least is None or max(numbers) >= at_least)
+        alike = not numbers and len({t for t, _ in s}) == 1 and at_least is None
+        assert (i in kept) == (good or alike)
+        if i in kept: assert kept[i]['messages'] == [dict(role='user', content=f'q{i}'), dict(role='assistant', content=next(t for t, v in s if alike or v == max(numbers)))]

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from .. import paper
 from .claims import MARGIN, change, claims, claims_table, level, percent, pick, points
+from .outcomes import outcome_table
 from .longcontext import length_changes, length_table, plot_lengths
 from .page import figure3_page
 from .tasks import OUTCOMES
@@ -260,8 +261,11 @@ def refusal_section(items, out)->str:
     "Correct, not attempted, incorrect, as bars and as a table."
     panels = outcome_shares(items)
     rows = [[name, CHECKPOINTS[m], *(f'{shares[o]:.1f}' for o in OUTCOMES)] for name, panel in panels.items() for m, shares in panel.items()]
+    steps = [(b, x, y, pick(items, x, b), pick(items, y, b)) for b in ('knowledge', 'unknown') for x, y in (('base', 'sft'), ('sft', 'dpo'), ('dpo', 'final'))]
+    changes = [[b, f'{CHECKPOINTS[x]} to {CHECKPOINTS[y]}', *(points(r['change']) for r in outcome_table(before, after))] for b, x, y, before, after in steps if before and after]
     return (picture(plot_outcomes(panels), out, 'refusals', 'correct, not attempted and incorrect replies to fact questions at four checkpoints, ours and the paper\'s') +
-            '\n\n' + table(['questions', 'checkpoint', *OUTCOMES], rows))
+            '\n\n' + table(['questions', 'checkpoint', *OUTCOMES], rows) + '\n\nThe changes in points, paired by question, with 95% intervals:\n\n' +
+            table(['questions', 'step', *OUTCOMES, 'F1'], changes))
 
 # %% ../../nbs/65_eval.report.ipynb #a3b3aaa1
 def mixture_section(run:Path)->str:
@@ -290,7 +294,11 @@ def synthesis_section(run:Path)->str:
 # %% ../../nbs/65_eval.report.ipynb #ddbdbe80
 def judge_section(run:Path)->str:
     "What the judge decided (phi-4 App. A.2)."
-    return 'The judge\'s counts: ' + counts_line(load_json(run/'judge/counts.json')) + f". The paper's stage 2 had about {paper.DPO['judge_pairs']:,} pairs (phi-4 §4.2)."
+    counts = load_json(run/'judge/counts.json')
+    show = lambda i: f'{i[0]:+.2f} [{i[1]:+.2f}, {i[2]:+.2f}]'
+    rows = [[r['place'], r['n'], show(r['lift']), f"{r['wins']:.2f}", f"{r['expected']:.2f}", show(r['excess'])] for r in counts.get('position_bias', [])]
+    return ('The judge\'s counts: ' + counts_line(counts) + f". The paper's stage 2 had about {paper.DPO['judge_pairs']:,} pairs (phi-4 §4.2)." + ('\n\nWhat each place in the shuffled list earned: points beyond what its replies\' models earn '
+            'on average, and how often it was best, beside the chance under a fair judge; points and difference are 0 for one.\n\n' + table(['place', 'conversations', 'points', 'best', 'fair', 'difference'], rows) if rows else ''))
 
 # %% ../../nbs/65_eval.report.ipynb #14e5449e
 def read_log(

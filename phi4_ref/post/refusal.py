@@ -7,8 +7,9 @@ __all__ = ['GRADE', 'ANSWER', 'REFUSE', 'BOGUS', 'USUALLY', 'FIRST_TOKENS', 'exa
            'sample_knowledge', 'write_texts', 'refusal_sft', 'refusal_dpo', 'without_opposites']
 
 # %% ../../nbs/54_post.refusal.ipynb #d7ac7541
+from .. import paper
 from .dpo import chat_pair
-from .oracle import answer_oracle, grade, is_refusal
+from .oracle import answer_oracle, grade, is_refusal, normalise
 from ..synth.llm import ask, derive_seed, parse_json, parse_text, prompt
 
 # %% ../../nbs/54_post.refusal.ipynb #5fa34bf3
@@ -32,7 +33,7 @@ def parse_grade(
 )->str:       # true, false or uncertain
     "The verdict in a reply. ValueError where there is none."
     match = str(parse_json(reply)['match']).lower()
-    if match not in ('true', 'false', 'uncertain'): raise ValueError(f'{match[:40]!r} is no verdict')
+    if match not in paper.REFUSAL['grades']: raise ValueError(f'{match[:40]!r} is no verdict')
     return match
 
 def llm_grades(
@@ -90,7 +91,7 @@ def write_texts(
     refusal, bogus = write('refuse', REFUSE, asked, 'refusal'), write('make unanswerable', BOGUS, asked, 'bogus')
     bogus_refusal = write('refuse', REFUSE, [b or '' for b in bogus], 'bogus refusal')
     rows = [dict(zip(('correct', 'refusal', 'bogus', 'bogus_refusal'), four)) for four in zip(correct, refusal, bogus, bogus_refusal)]
-    usable = [all(row.values()) and is_refusal(row['refusal']) and is_refusal(row['bogus_refusal']) for row in rows]
+    usable = [all(row.values()) and is_refusal(row['refusal']) and is_refusal(row['bogus_refusal']) and normalise(row['bogus']) != normalise(q) for q, row in zip(asked, rows)]
     return [row if ok else None for row, ok in zip(rows, usable)], totals | dict(set_aside=usable.count(False))
 
 # %% ../../nbs/54_post.refusal.ipynb #6dbb24fa
@@ -111,13 +112,13 @@ def refusal_sft(
     return rows
 
 # %% ../../nbs/54_post.refusal.ipynb #5074901a
-FIRST_TOKENS = 5 # of each reply that are compared (phi-4 App. A.1)
+FIRST_TOKENS = paper.REFUSAL['pair_tokens'] # of each reply that are compared: 5
 
 def refusal_dpo(
     known:list[dict],       # as from `sample_knowledge`
     texts:list[dict|None],  # as from `write_texts`, one per question
     tokenizer               # with phi-4's chat tokens
-)->list[dict]:              # PREFERENCE rows
+)->tuple[list[dict], dict]: # PREFERENCE rows; counts {answer, refuse, same_cut, opposite}
     "Correct over refusal where sometimes right, refusal over wrong where sometimes wrong (phi-4 App. A.1)."
     rows = []
     for r, t in zip(known, texts, strict=True):
@@ -126,7 +127,10 @@ def refusal_dpo(
         pairs = [('answer', t['correct'], t['refusal'])] * ('true' in r['grades']) + [('refuse', t['refusal'], wrong)] * (wrong is not None)
         rows += [chat_pair(tokenizer, [dict(role='user', content=r['question']['question'])], chosen, rejected, id=f"{r['question']['id']}-{kind}",
                            source='refusal', meta=dict(kind=kind, p_right=r['p_right']), max_tokens=FIRST_TOKENS) for kind, chosen, rejected in pairs]
-    return without_opposites([row for row in rows if row['chosen_ids'] != row['rejected_ids']])
+    differ = [row for row in rows if row['chosen_ids'] != row['rejected_ids']]
+    kept = without_opposites(differ)
+    kinds = [row['meta']['kind'] for row in kept]
+    return kept, dict(answer=kinds.count('answer'), refuse=kinds.count('refuse'), same_cut=len(rows) - len(differ), opposite=len(differ) - len(kept))
 
 def without_opposites(
     rows:list[dict] # PREFERENCE rows with meta kind and p_right
