@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HASHES', 'NUMBER', 'LAST', 'FRAC', 'TEXT_MACRO', 'UNITS', 'MARKUP', 'ARITHMETIC', 'FUNCTIONS', 'SYMBOLS', 'IDLE',
-           'REFUSAL', 'STATED_CHOICE', 'OPENING', 'FAILURES', 'last_boxed', 'hash_answer', 'stated_answer',
-           'final_answer', 'parse_number', 'numeric_answer', 'same_number', 'undress', 'is_expression', 'as_tex',
-           'without_name', 'align', 'compare', 'serve', 'Worker', 'tex_equal', 'stop_workers', 'normalise',
+           'BARE', 'REFUSAL', 'STATED_CHOICE', 'OPENING', 'FAILURES', 'last_boxed', 'hash_answer', 'stated_answer',
+           'reply_answer', 'final_answer', 'parse_number', 'numeric_answer', 'same_number', 'undress', 'is_expression',
+           'as_tex', 'without_name', 'align', 'compare', 'serve', 'Worker', 'tex_equal', 'stop_workers', 'normalise',
            'contains_answer', 'quick_equal', 'same_answer', 'is_refusal', 'named_letter', 'choice_index', 'marker',
-           'program', 'passes_tests', 'key_answer', 'reply_answer', 'right_choice', 'quick_verdict', 'answer_oracle',
-           'outcome', 'answer_many', 'TimeIsUp', 'interrupted', 'abandoned', 'within', 'oracle_name', 'read_outcome',
-           'grade', 'isolated']
+           'program', 'passes_tests', 'key_answer', 'right_choice', 'quick_verdict', 'answer_oracle', 'outcome',
+           'answer_many', 'TimeIsUp', 'interrupted', 'abandoned', 'within', 'oracle_name', 'read_outcome', 'grade',
+           'isolated']
 
 # %% ../../nbs/50_post.oracle.ipynb #8a6449d7
 import atexit
@@ -41,6 +41,7 @@ def last_boxed(
     text:str  # a completion
 )->str|None:  # what the last closed \boxed{...} holds, or None
     "Content of the last `\\boxed{...}` with balanced braces."
+    if 'boxed' not in text: return None
     starts, opened, closed = {m.end() for m in re.finditer(r'\\f?boxed\s*\{', text)}, [], []
     for m in re.finditer(r'(?<!\\)[{}]', text):
         if m[0] == '{': opened.append(m.end())
@@ -57,9 +58,6 @@ def hash_answer(
     return (HASHES.findall(text) or [None])[-1]
 
 # %% ../../nbs/50_post.oracle.ipynb #1d570601
-NUMBER = re.compile(r'(?<![\w.])-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?(?!\d|\.\d|[eE][+-]?\d)')
-LAST = re.compile(rf'-?\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{NUMBER.pattern}(?:/\d+)?')
-
 def stated_answer(
     text:str  # a completion
 )->str|None:  # X of its last "The answer is X.", or None
@@ -67,18 +65,28 @@ def stated_answer(
     starts = [m.end() for m in re.finditer(r'\banswer is\b:?', text, re.IGNORECASE)]
     return re.split(r'\.(?=\s|$)|\n', text[starts[-1]:])[0].strip() if starts else None
 
+# %% ../../nbs/50_post.oracle.ipynb #606c77c1
+NUMBER = re.compile(r'(?<![\w.])-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,2})?(?!\d|\.\d|[eE][+-]?\d)')
+LAST = re.compile(rf'-?\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{NUMBER.pattern}(?:/\d+)?')
+
+def reply_answer(
+    text:str  # a completion, never the prompt
+)->tuple[str, bool]: # its answer as written, '' where it gives none; whether that is mathematics
+    "The last box, else the last `####`, else the last stated answer, else the last number (phi-4 §4.3: answer comparison)."
+    if formal := last_boxed(text) or hash_answer(text): return formal, True
+    words = stated_answer(text) or (LAST.findall(text) or [''])[-1]
+    return words, bool(re.search(r'\\[A-Za-z(\[]|\^|\$[^$]+\$', words))
+
 def final_answer(
     text:str  # a completion, never the prompt
 )->str|None:  # the answer as written, or None where the text gives none
-    "The last box, else the last `####`, else the last stated answer, else the last number (phi-4 §4.3: answer comparison)."
-    numbers = LAST.findall(text)
-    for answer in (last_boxed(text), hash_answer(text), stated_answer(text), numbers[-1] if numbers else None):
-        if answer: return answer
-    return None
+    "What a completion gives as its answer."
+    return reply_answer(text)[0] or None
 
 # %% ../../nbs/50_post.oracle.ipynb #b75b0ba2
 FRAC = re.compile(r'(\d?)\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}')
 
+@lru_cache(100_000)
 def parse_number(
     answer:str|None  # an answer as written, as from `final_answer`
 )->Fraction|None:    # exact value; None where it is not one number
@@ -89,18 +97,20 @@ def parse_number(
     found = next((m for m in NUMBER.finditer(s) if len(m[0]) <= 60), None)
     if not found: return None
     value, rest = Fraction(found[0].replace(',', '')), s[found.end():]
-    mixed, slash = re.match(r'\s+(\d{1,60})/(\d{1,60})(?![\d./])', rest), re.match(r'\s*/\s*(\d{1,60})', rest)
-    over, under = (int(mixed[1]), int(mixed[2])) if mixed else (0, int(slash[1]) if slash else 1)
+    part = re.match(r'(?:\s+(\d{1,60}))?\s*/\s*(\d{1,60})', rest)  # "/2", or " 1/2" of 3 1/2
+    if not part: return value
+    over, under = int(part[1] or 0), int(part[2])
     if not under: return None
-    return value + Fraction(over, under) * (-1 if found[0][0] == '-' else 1) if mixed else value / under
+    return value + Fraction(over, under) * (-1 if found[0][0] == '-' else 1) if part[1] else value / under
 
+# %% ../../nbs/50_post.oracle.ipynb #b165c08b
 def numeric_answer(
     text:str        # a completion
 )->Fraction|None:   # exact value of its final answer, or None
     "The final answer of a completion as an exact fraction."
     return parse_number(final_answer(text))
 
-# %% ../../nbs/50_post.oracle.ipynb #05d3ddd1
+# %% ../../nbs/50_post.oracle.ipynb #d811053b
 def same_number(
     key:str,   # the known answer, as written
     answer:str # the reply's
@@ -111,7 +121,7 @@ def same_number(
     percent = [bool(re.search(r'\d\s*(?:\\?%|percent\b)', s)) for s in (key, answer)]
     return a == b or (percent == [True, False] and a / 100 == b) or (percent == [False, True] and a == b / 100)
 
-# %% ../../nbs/50_post.oracle.ipynb #d811053b
+# %% ../../nbs/50_post.oracle.ipynb #4a679e2c
 TEXT_MACRO = re.compile(r'\\(?:text(?:bf|it|rm|tt)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}')
 UNITS = (r'(?:square |cubic )?(?:[mckd]?m|[mk]?g|m?s|[mM]?[lL]|ft|in|yd|hr?|min|km/h|m/s|mph|degrees?|units?|inch(?:es)?|feet|foot|miles?'
          r'|(?:centi|kilo|milli)?met(?:er|re)s?|hours?|minutes?|seconds?|dollars?|cents?)(?:\s*\^\s*\{?[23]\}?)?')
@@ -125,12 +135,13 @@ def undress(
     s = re.sub(r'(?<!\\)\\[()\[\];: ]|\\(?:left|right|displaystyle|quad)(?![A-Za-z])|\\?\$|`|~', ' ', s)
     s = re.sub(r'\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0', ' degrees', s).replace(r'\%', '%')
     s = ' '.join(re.sub(r'\\[dt]frac', r'\\frac', s).split()).strip('*_ ').rstrip('. ')
+    if s.endswith('}') and s.count('}') > s.count('{'): s = s[:-1]
     return re.sub(rf'(?<=[\d\s}})])\s*{UNITS}$', '', s).rstrip()
 
-# %% ../../nbs/50_post.oracle.ipynb #e831274b
+# %% ../../nbs/50_post.oracle.ipynb #c85e7470
 MARKUP = re.compile(r'\\[A-Za-z{}|]|[\^{}\u221a\u03c0\u221e\u00b1\u00b2\u00b3]|\w_|\d\s*:\s*\d|\d(?![msghlLWVNJCFe])[A-Za-z](?![A-Za-z])'
                     r'|(?<![A-Za-z])[A-Za-z]\s*[-+*/^(]\s*[\w(]|[\d)]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])')
-ARITHMETIC = re.compile(r'\d\s*[-+*\u00d7\u00b7!]|\d\s*/\s*(?!\d)|/\s*\d+\s*/|\d\s*\(|\)\s*\d|[\[(].*,|\d,(?!\d{3}(?!\d))|[<>|\u2264\u2265]'
+ARITHMETIC = re.compile(r'\d\s*[-+*\u00d7\u00b7!]|\d\s*/(?!\s*\d)|/\s*\d+\s*/|\d\s*\(|\)\s*\d|[\[(].*,|\d,(?!\d{3}(?!\d))|[<>|\u2264\u2265]'
                         r'|(?<![A-Za-z])\d\s+(?![msghlLWVNJCFaI])[A-Za-z](?![A-Za-z])')
 
 def is_expression(
@@ -141,7 +152,7 @@ def is_expression(
     s = re.sub(r'(\d?)\s*\\frac\s*\{(-?\d+)\}\s*\{(\d+)\}', r'\1 \2/\3', undress(answer))
     return bool(MARKUP.search(s) or mathematics and ARITHMETIC.search(s.split('=')[-1]))
 
-# %% ../../nbs/50_post.oracle.ipynb #c6237491
+# %% ../../nbs/50_post.oracle.ipynb #f437095e
 FUNCTIONS = 'arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log exp ln sqrt pi infty'.split()
 SYMBOLS = {'**': '^', '*': r'\cdot ', '\u00d7': r'\times ', '\u00b7': r'\cdot ', '\u03c0': r'\pi ', '\u221e': r'\infty ', '\u00b1': r'\pm ',
            '\u2264': r'\le ', '\u2265': r'\ge ', '\u00b2': '^2', '\u00b3': '^3'}
@@ -158,7 +169,7 @@ def as_tex(
     words = re.search(r'(?<![\\A-Za-z])[A-Za-z]{3,}', re.sub(r'\\(?:begin|end)\{\w+\}', '', s))
     return None if words or re.search(r'[\d)]\s*_', s) else s
 
-# %% ../../nbs/50_post.oracle.ipynb #ca584bfd
+# %% ../../nbs/50_post.oracle.ipynb #d4953857
 def without_name(
     tex:str # an equation
 )->str|None: # its right side where the left only names it or is arithmetic; else None
@@ -168,6 +179,7 @@ def without_name(
     unknown = any(re.search(r'(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])', head) for head in heads[bool(name):])
     return None if unknown else value.strip()
 
+# %% ../../nbs/50_post.oracle.ipynb #5977c91e
 def align(
     key:str,   # the known answer, as written
     answer:str # the reply's
@@ -187,7 +199,7 @@ def align(
     if ',' in pair[bare]: pair[bare] = left + pair[bare] + right
     return tuple(pair) if ',' in pair[bare] or left == r'\{' else None
 
-# %% ../../nbs/50_post.oracle.ipynb #d4953857
+# %% ../../nbs/50_post.oracle.ipynb #db98fba4
 def compare(
     gold:str, # TeX
     reply:str # TeX
@@ -197,6 +209,7 @@ def compare(
     gold, reply = [parse(f'${s}$', [LatexExtractionConfig()], fallback_mode='no_fallback', parsing_timeout=None) for s in (gold, reply)]
     return bool(gold and reply) and verify(gold, reply, float_rounding=12, timeout_seconds=None)
 
+# %% ../../nbs/50_post.oracle.ipynb #f45655f8
 def serve(
     limit_s:float, # CPU seconds for one comparison
     memory_mb:int  # address space, MiB
@@ -204,6 +217,7 @@ def serve(
     "Inside a worker: one comparison per line of standard input, until it ends or a limit kills us."
     import json, logging, os, resource, signal, sys
     logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     replies = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what a library prints is no verdict
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
@@ -216,7 +230,7 @@ def serve(
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(int(verdict), file=replies, flush=True)
 
-# %% ../../nbs/50_post.oracle.ipynb #5977c91e
+# %% ../../nbs/50_post.oracle.ipynb #ea337abd
 class Worker:
     "A process that compares expressions, and may be killed at it."
     def __init__(self,
@@ -249,7 +263,7 @@ class Worker:
         try: self.process.stdin.close()
         except BrokenPipeError: pass
 
-# %% ../../nbs/50_post.oracle.ipynb #db98fba4
+# %% ../../nbs/50_post.oracle.ipynb #49f4415e
 IDLE = deque()  # workers that wait for work
 os.register_at_fork(after_in_child=IDLE.clear)  # a fork must not talk to its parent's workers
 
@@ -261,6 +275,9 @@ def tex_equal(
     "Whether two expressions are equal, decided by a worker; one that fails is killed and replaced."
     try: worker = IDLE.pop()
     except IndexError: worker = Worker()
+    if worker.process.poll() is not None:  # it died in its sleep
+        worker.stop()
+        worker = Worker()
     verdict = None
     try: verdict = worker.ask(gold, reply)
     finally:
@@ -268,6 +285,7 @@ def tex_equal(
         else: IDLE.append(worker)
     return verdict
 
+# %% ../../nbs/50_post.oracle.ipynb #74cd0b01
 @atexit.register
 def stop_workers():
     "End the idle workers."
@@ -282,6 +300,7 @@ def normalise(
     words = re.sub(r"[^\w\s]", ' ', text.replace("'", '')).split()
     return ' '.join(w for w in words if w not in ('a', 'an', 'the'))
 
+# %% ../../nbs/50_post.oracle.ipynb #66aaa4d2
 def contains_answer(
     answer:str,    # the key
     completion:str # the reply
@@ -290,13 +309,16 @@ def contains_answer(
     key = normalise(answer)
     return bool(key) and f' {key} ' in f' {normalise(completion)} '
 
-# %% ../../nbs/50_post.oracle.ipynb #123ff0bc
+# %% ../../nbs/50_post.oracle.ipynb #3901c84e
+BARE = re.compile(r'\s*\$?-?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?[\s.]*')  # most keys and answers are this, and need no further thought
+
 def quick_equal(
     key:str,               # the known answer, as written
     answer:str,            # the reply's
     mathematics:bool=True  # False where the reply's answer is words of a sentence
 )->bool|None:              # None where only computer algebra can tell
     "Equality of two answers as far as text and exact numbers decide it."
+    if BARE.fullmatch(key) and BARE.fullmatch(answer): return same_number(key, answer)
     def same_words(a, b): return (normalise(a) or a.strip().lower()) == (normalise(b) or b.strip().lower()) != ''
     if max(len(key), len(answer)) > 200: return same_words(key, answer)
     names = [m[1].lower() for s in (key, answer) if (m := re.match(r'\W*([A-Za-z])\s*=', s))]
@@ -307,6 +329,7 @@ def quick_equal(
     if undress(key).replace(' ', '') == undress(answer).replace(' ', ''): return True
     return None if align(key, answer) else False
 
+# %% ../../nbs/50_post.oracle.ipynb #fca032a6
 def same_answer(
     key:str,               # the known answer, as written
     answer:str,            # the reply's
@@ -330,7 +353,7 @@ def is_refusal(
 
 # %% ../../nbs/50_post.oracle.ipynb #30be8ea0
 STATED_CHOICE = re.compile(r'\b(?:answer|option|choice)\s*(?:is\b\s*:?|:)', re.IGNORECASE)
-OPENING = re.compile(r'[(\[]?([A-Z])[)\]]?(?=[.:,;)/&]|\s*$|\s*\n|\s+-|\s+(?:because|since|as|is|and|or)\b)|([B-HJ-Z])(?=\s+[a-z])')
+OPENING = re.compile(r'[(\[]?([A-Z])[)\]]?(?=[.:,;)/&]|\s*$|\s*\n|\s+-|\s+(?:because|since|as|and|or|is (?:the )?(?:right|correct|best|answer))\b)')
 
 def named_letter(
     text:str,         # what a reply states, or all of it
@@ -339,13 +362,14 @@ def named_letter(
     "The letter that a piece of text names."
     if alone := re.fullmatch(r'\W*([A-Za-z])\W*', text): return ord(alone[1].upper()) - ord('A')
     if opening := OPENING.match(text):
-        index, rest = ord(opening[1] or opening[2]) - ord('A'), text[opening.end():]
+        index, rest = ord(opening[1]) - ord('A'), text[opening.end():]
         several = re.match(r'\W*(?:and|or|&|/|,)?\W*[A-Z](?![\w\'])(?!\s+[a-z])', rest) or re.search(rf'(?:^|\s)(?!{chr(65 + index)})[A-Z][).:]\s', rest)
         other = any(normalise(c) == normalise(rest) != '' for i, c in enumerate(choices) if i != index and normalise(c) != normalise(choices[index] if index < len(choices) else ''))
         return -1 if several or other else index
-    letters = {m[1] or m[2] for m in re.finditer(r'(?<!not )(?:\(([A-Z])\)|\b[Oo]ption ([A-Z])\b)', text)}
+    letters = {m[1] or m[2] for m in re.finditer(r'(?<!not )(?:\(([A-Z])\)|\b[Oo]ption ([A-Z])\b)(?! is (?:not|wrong|false|incorrect))', text)}
     return None if not letters else ord(letters.pop()) - ord('A') if len(letters) == 1 else -1
 
+# %% ../../nbs/50_post.oracle.ipynb #71934bf4
 def choice_index(
     text:str,         # a completion
     choices:list[str] # the options, in order
@@ -373,6 +397,7 @@ def marker(
     "What the program prints after the last test: a hash of the tests, which no completion has seen."
     return hashlib.sha256(question['meta']['tests'].encode()).hexdigest()[:16]
 
+# %% ../../nbs/50_post.oracle.ipynb #c5082923
 def program(
     question:dict, # a QUESTION row of kind "code": meta holds `tests` and, for continuations, `prompt`
     completion:str # a reply with a fenced block, or a continuation of `prompt`
@@ -393,7 +418,7 @@ def passes_tests(
     result = run_python(program(question, completion), timeout_s=timeout_s)
     return result.ok and result.stdout.rstrip().endswith(marker(question))
 
-# %% ../../nbs/50_post.oracle.ipynb #4652c376
+# %% ../../nbs/50_post.oracle.ipynb #e6bb34c8
 @lru_cache(100_000)
 def key_answer(
     key:str # `answer` of a QUESTION row
@@ -402,14 +427,7 @@ def key_answer(
     marked, prose = last_boxed(key) or hash_answer(key) or stated_answer(key), re.search(r'(?<!\\)\b(?!(?:begin|end)\b)[A-Za-z]{3,}', undress(key))
     return marked or (prose and not as_tex(key) and final_answer(key)) or key
 
-def reply_answer(
-    completion:str # the text the model wrote
-)->tuple[str, bool]: # its answer as written, '' where it gives none; whether that is mathematics or words of a sentence
-    "The final answer of a reply, and how to read it."
-    answer = final_answer(completion) or ''
-    formal = last_boxed(completion) or hash_answer(completion)
-    return answer, bool(formal or re.search(r'\\[A-Za-z(\[]|\^|\$[^$]+\$', answer))
-
+# %% ../../nbs/50_post.oracle.ipynb #72da8eba
 def right_choice(
     question:dict # a QUESTION row of kind "mcq"
 )->int:           # index of the right option
@@ -420,6 +438,7 @@ def right_choice(
     if label is None: raise ValueError(f"question {question.get('id')!r}: the answer {question['answer']!r} is none of {meta['choices']}; give the index as `label` in its meta")
     return label
 
+# %% ../../nbs/50_post.oracle.ipynb #a841a4f7
 def quick_verdict(
     question:dict, # a QUESTION row: kind, answer, meta
     completion:str # the text the model wrote after the prompt
@@ -434,6 +453,7 @@ def quick_verdict(
     answer, mathematics = reply_answer(completion)
     return bool(answer) and quick_equal(key_answer(key), answer, mathematics)
 
+# %% ../../nbs/50_post.oracle.ipynb #4652c376
 def answer_oracle(
     question:dict, # a QUESTION row: kind, answer, meta
     completion:str # the text the model wrote after the prompt
@@ -445,7 +465,7 @@ def answer_oracle(
     answer, mathematics = reply_answer(completion)
     return same_answer(key_answer(question['answer']), answer, mathematics)
 
-# %% ../../nbs/50_post.oracle.ipynb #3b19d8e4
+# %% ../../nbs/50_post.oracle.ipynb #381b0a1e
 def outcome(
     function, *args # a call
 ):                  # its value, or the exception that ended it
@@ -453,6 +473,7 @@ def outcome(
     try: return function(*args)
     except (Exception, SystemExit) as error: return error
 
+# %% ../../nbs/50_post.oracle.ipynb #b1b5d962
 def answer_many(
     questions:list[dict],  # one QUESTION row per completion
     completions:list[str], # texts
@@ -491,6 +512,7 @@ def interrupted(
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
         if left: signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), every)
 
+# %% ../../nbs/50_post.oracle.ipynb #380cb848
 def abandoned(
     timeout_s:float, # seconds
     function, *args  # a call
@@ -502,6 +524,7 @@ def abandoned(
     thread.join(timeout_s)
     return found[0] if found else TimeoutError(f'no verdict within {timeout_s:g} s')
 
+# %% ../../nbs/50_post.oracle.ipynb #f0ce2dc7
 def within(
     timeout_s:float, # seconds
     function, *args  # a call
@@ -510,7 +533,7 @@ def within(
     main = threading.current_thread() is threading.main_thread()
     return (interrupted if main else abandoned)(timeout_s, function, *args)
 
-# %% ../../nbs/50_post.oracle.ipynb #2eef86bd
+# %% ../../nbs/50_post.oracle.ipynb #f65fb03b
 FAILURES = ('oracle_raised', 'oracle_hung', 'oracle_nonsense')
 
 def oracle_name(
@@ -520,6 +543,7 @@ def oracle_name(
     while isinstance(oracle, partial): oracle = oracle.func
     return getattr(oracle, '__qualname__', type(oracle).__qualname__)
 
+# %% ../../nbs/50_post.oracle.ipynb #4f4b0fbc
 def read_outcome(
     value # what an oracle returned, or its exception
 )->tuple[bool, str, str]: # (success; one of FAILURES or ''; what happened)
@@ -533,7 +557,7 @@ def read_outcome(
     if found is None: return False, 'oracle_nonsense', f'it returned {value!r:.100}, which is neither true nor false'
     return found, '', ''
 
-# %% ../../nbs/50_post.oracle.ipynb #d31327ed
+# %% ../../nbs/50_post.oracle.ipynb #fe4f6191
 def grade(
     oracle,                     # (question row, completion text) -> bool; its `many`, if it has one, takes lists and gives a bool or an exception each
     questions:list[dict],       # one QUESTION row per completion
@@ -555,7 +579,7 @@ def grade(
                           f"This rollout counts as wrong, and so will others of its kind, which are counted ({failure}) and not shown", RuntimeWarning, stacklevel=2)
     return results, errors
 
-# %% ../../nbs/50_post.oracle.ipynb #bf0a22d5
+# %% ../../nbs/50_post.oracle.ipynb #7f36ccb5
 def isolated(
     oracle,             # (question row, completion text) -> bool
     timeout_s:float=10. # of one call, seconds on the wall
@@ -564,7 +588,7 @@ def isolated(
     def in_a_fork(question, completion):
         reader, writer = os.pipe()
         if not (child := os.fork()):
-            try: os.write(writer, json.dumps(read_outcome(outcome(oracle, question, completion))).encode()[:4096])
+            try: os.write(writer, json.dumps(read_outcome(outcome(oracle, question, completion))).encode())
             finally: os._exit(0)
         os.close(writer)
         try: text = os.read(reader, 4096) if select.select([reader], [], [], timeout_s)[0] else None
