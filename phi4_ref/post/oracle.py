@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HASHES', 'NUMBER', 'LAST', 'FRAC', 'TEXT_MACRO', 'UNITS', 'MARKUP', 'ARITHMETIC', 'FUNCTIONS', 'SYMBOLS', 'IDLE',
-           'BARE', 'REFUSAL', 'STATED_CHOICE', 'OPENING', 'FAILURES', 'last_boxed', 'hash_answer', 'stated_answer',
-           'reply_answer', 'final_answer', 'parse_number', 'numeric_answer', 'same_number', 'undress', 'is_expression',
-           'as_tex', 'without_name', 'align', 'compare', 'serve', 'Worker', 'tex_equal', 'stop_workers', 'normalise',
-           'contains_answer', 'quick_equal', 'same_answer', 'is_refusal', 'named_letter', 'choice_index', 'marker',
-           'program', 'passes_tests', 'key_answer', 'right_choice', 'quick_verdict', 'answer_oracle', 'outcome',
-           'answer_many', 'TimeIsUp', 'interrupted', 'abandoned', 'within', 'oracle_name', 'read_outcome', 'grade',
-           'isolated']
+           'BARE', 'REFUSAL', 'STATED_CHOICE', 'OPENING', 'MENTION', 'FAILURES', 'last_boxed', 'hash_answer',
+           'stated_answer', 'reply_answer', 'final_answer', 'parse_number', 'numeric_answer', 'same_number', 'undress',
+           'is_expression', 'as_tex', 'without_name', 'align', 'compare', 'serve', 'Worker', 'tex_equal',
+           'stop_workers', 'normalise', 'contains_answer', 'quick_equal', 'same_answer', 'is_refusal', 'named_letter',
+           'choice_index', 'marker', 'program', 'passes_tests', 'key_answer', 'right_choice', 'quick_verdict',
+           'answer_oracle', 'outcome', 'answer_many', 'TimeIsUp', 'interrupted', 'abandoned', 'within', 'oracle_name',
+           'read_outcome', 'grade', 'isolated']
 
 # %% ../../nbs/50_post.oracle.ipynb #8a6449d7
 import atexit
@@ -300,7 +300,7 @@ def normalise(
     words = re.sub(r"[^\w\s]", ' ', text.replace("'", '')).split()
     return ' '.join(w for w in words if w not in ('a', 'an', 'the'))
 
-# %% ../../nbs/50_post.oracle.ipynb #66aaa4d2
+# %% ../../nbs/50_post.oracle.ipynb #2f933c47
 def contains_answer(
     answer:str,    # the key
     completion:str # the reply
@@ -353,7 +353,8 @@ def is_refusal(
 
 # %% ../../nbs/50_post.oracle.ipynb #30be8ea0
 STATED_CHOICE = re.compile(r'\b(?:answer|option|choice)\s*(?:is\b\s*:?|:)', re.IGNORECASE)
-OPENING = re.compile(r'[(\[]?([A-Z])[)\]]?(?=[.:,;)/&]|\s*$|\s*\n|\s+-|\s+(?:because|since|as|and|or|is (?:the )?(?:right|correct|best|answer))\b)')
+OPENING = re.compile(r'(?:([A-Z])\)(?=\s)|[(\[]?([A-Z])[)\]]?(?=[.:,;/&]|\s*$|\s*\n|\s+-|\s+(?:because|since|as|and|or|is (?:the )?(?:right|correct|best|answer))\b))')
+MENTION = re.compile(r'(?<!not )(?:\(([A-Z])\)|\b[Oo]ption ([A-Z])\b)(?! is (?:not|wrong|false|incorrect))')
 
 def named_letter(
     text:str,         # what a reply states, or all of it
@@ -361,13 +362,14 @@ def named_letter(
 )->int|None:          # index of the one letter it names, -1 where it names several, None where none
     "The letter that a piece of text names."
     if alone := re.fullmatch(r'\W*([A-Za-z])\W*', text): return ord(alone[1].upper()) - ord('A')
-    if opening := OPENING.match(text):
-        index, rest = ord(opening[1]) - ord('A'), text[opening.end():]
-        several = re.match(r'\W*(?:and|or|&|/|,)?\W*[A-Z](?![\w\'])(?!\s+[a-z])', rest) or re.search(rf'(?:^|\s)(?!{chr(65 + index)})[A-Z][).:]\s', rest)
-        other = any(normalise(c) == normalise(rest) != '' for i, c in enumerate(choices) if i != index and normalise(c) != normalise(choices[index] if index < len(choices) else ''))
-        return -1 if several or other else index
-    letters = {m[1] or m[2] for m in re.finditer(r'(?<!not )(?:\(([A-Z])\)|\b[Oo]ption ([A-Z])\b)(?! is (?:not|wrong|false|incorrect))', text)}
-    return None if not letters else ord(letters.pop()) - ord('A') if len(letters) == 1 else -1
+    opening, mentions = OPENING.match(text), list(MENTION.finditer(text))
+    if not opening and len({m[1] or m[2] for m in mentions}) != 1: return -1 if mentions else None
+    found = opening or mentions[0]
+    letter, rest = found[1] or found[2], text[found.end():]
+    index, words = ord(letter) - ord('A'), [normalise(c) for c in choices]
+    several = opening and re.match(r'\W*(?:and|or|&|/|,)?\W*[A-Z](?![\w\'])(?!\s+[a-z])', rest) or re.search(rf'(?:^|\s)(?!{letter})[A-Z][).:]\s', rest)
+    contradicted = normalise(rest) in words and normalise(rest) and words[index:index + 1] != [normalise(rest)]
+    return -1 if several or contradicted else index
 
 # %% ../../nbs/50_post.oracle.ipynb #71934bf4
 def choice_index(
@@ -397,7 +399,7 @@ def marker(
     "What the program prints after the last test: a hash of the tests, which no completion has seen."
     return hashlib.sha256(question['meta']['tests'].encode()).hexdigest()[:16]
 
-# %% ../../nbs/50_post.oracle.ipynb #c5082923
+# %% ../../nbs/50_post.oracle.ipynb #3306d5c4
 def program(
     question:dict, # a QUESTION row of kind "code": meta holds `tests` and, for continuations, `prompt`
     completion:str # a reply with a fenced block, or a continuation of `prompt`
