@@ -1,11 +1,14 @@
 "The success oracle: exact, last answer wins, completion only, unharmed by hostile text; and grading unharmed by the oracle."
+import csv
 import gzip
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import warnings
@@ -233,6 +236,28 @@ CHOICES = ['red', 'green', 'blue', 'dark green']
     ('(A) is red and (B) is green', None), ('A) red\nB) green\nC) blue', None), ('A. red B. green C. blue', None), ('A. green', None), ('(A) green', None), ('(B) green', 1), ('(B): green', 1), ('[B]', 1), ('B. dark green', None), ('It is not (B).', None), ('B is wrong', None), ('(B) is wrong', None), ('(B) is correct', 1), ('A is the right one', 0), ('The answer is not red but blue.', None), ('E', None), ('Z.', None),
     ('', None), ('The answer is', None), ('Green is a colour, and so is blue', None), ('Both are fine', None), ('I. Kant', None), (r'\boxed{A, C}', None), (r'\boxed{AC}', None)])
 def test_letters(reply, index): assert choice_index(reply, CHOICES) == index
+
+
+def test_an_options_own_text_comes_first():
+    options = ['I and II only', '-11', '11', '2 - e^-2', '2 + e^-2', 'S=1, R=0', 'Miranda v. Arizona', 'D.C. McClelland']
+    for i, text in enumerate(options):
+        for form in ('{}', 'The answer is {}.', r'\boxed{{{}}}', 'Answer: **{}**', f'{"ABCDEFGH"[i]}. {{}}', f'({"ABCDEFGH"[i]}) {{}}'):
+            assert choice_index(form.format(text), options) == i, (form, text)
+        assert choice_index(f'{"ABCDEFGH"[i - 1]}. {text}', options) is None
+    assert choice_index('The answer is same.', ['same', 'same', 'other']) is None and choice_index('7', ['5', '7']) == 1
+
+
+def test_the_options_of_mmlu():
+    if not os.environ.get('PHI4_REF_DATA'): pytest.skip('PHI4_REF_DATA is unset: no MMLU')
+    rows = []
+    with tarfile.open(Path(os.environ['PHI4_REF_DATA'])/'mmlu/mmlu_csv.tar.xz') as archive:
+        for member in archive:
+            if '/dev/' in member.name and member.isfile(): rows += csv.reader(io.TextIOWrapper(archive.extractfile(member), 'utf-8'))
+    assert len(rows) == 285
+    for form in ('{0}', '({0})', 'The answer is ({0}).', '{0}. {1}', '{0}) {1}', 'It may be (A), but no.\n**Answer: {0}) {1}**', 'The answer is {1}.'):
+        wrong = [row for row in rows for i in range(4) if choice_index(form.format('ABCD'[i], row[1 + i]), row[1:5]) != i and row[1:5].count(row[1 + i]) == 1]
+        assert len(wrong) <= 2, (form, wrong)
+        assert '{1}' in form or not wrong
 
 
 @settings(deadline=None)

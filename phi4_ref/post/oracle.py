@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HASHES', 'NUMBER', 'LAST', 'FRAC', 'TEXT_MACRO', 'UNITS', 'MARKUP', 'ARITHMETIC', 'FUNCTIONS', 'SYMBOLS', 'IDLE',
-           'BARE', 'REFUSAL', 'STATED_CHOICE', 'OPENING', 'MENTION', 'FAILURES', 'last_boxed', 'hash_answer',
+           'BARE', 'REFUSAL', 'OPENING', 'MENTION', 'STATED_CHOICE', 'FAILURES', 'last_boxed', 'hash_answer',
            'stated_answer', 'reply_answer', 'final_answer', 'parse_number', 'numeric_answer', 'same_number', 'undress',
            'is_expression', 'as_tex', 'without_name', 'align', 'compare', 'serve', 'Worker', 'tex_equal',
-           'stop_workers', 'normalise', 'contains_answer', 'quick_equal', 'same_answer', 'is_refusal', 'named_letter',
-           'choice_index', 'marker', 'program', 'passes_tests', 'key_answer', 'right_choice', 'quick_verdict',
-           'answer_oracle', 'outcome', 'answer_many', 'TimeIsUp', 'interrupted', 'abandoned', 'within', 'oracle_name',
-           'read_outcome', 'grade', 'isolated']
+           'stop_workers', 'normalise', 'contains_answer', 'quick_equal', 'same_answer', 'is_refusal', 'same_choice',
+           'named_letter', 'choice_index', 'marker', 'program', 'passes_tests', 'key_answer', 'right_choice',
+           'quick_verdict', 'answer_oracle', 'outcome', 'answer_many', 'TimeIsUp', 'interrupted', 'abandoned', 'within',
+           'oracle_name', 'read_outcome', 'grade', 'isolated']
 
 # %% ../../nbs/50_post.oracle.ipynb #8a6449d7
 import atexit
@@ -300,7 +300,7 @@ def normalise(
     words = re.sub(r"[^\w\s]", ' ', text.replace("'", '')).split()
     return ' '.join(w for w in words if w not in ('a', 'an', 'the'))
 
-# %% ../../nbs/50_post.oracle.ipynb #2f933c47
+# %% ../../nbs/50_post.oracle.ipynb #8a754383
 def contains_answer(
     answer:str,    # the key
     completion:str # the reply
@@ -352,7 +352,18 @@ def is_refusal(
     return bool(REFUSAL.search(text.replace('\u2019', "'")))
 
 # %% ../../nbs/50_post.oracle.ipynb #30be8ea0
-STATED_CHOICE = re.compile(r'\b(?:answer|option|choice)\s*(?:is\b\s*:?|:)', re.IGNORECASE)
+def same_choice(
+    text:str,         # what a reply states
+    choices:list[str],# the options, in order
+    exact:bool=False  # True: as written, and in no other form
+)->int|None:          # index of the one option with this text, or None
+    "The option that a text is: as written, else in normal form (where -11 and 11 are one, and so none)."
+    for form in (lambda s: ' '.join(s.split()).rstrip('. '), normalise)[:1 if exact else 2]:
+        found = [i for i, c in enumerate(choices) if form(c) == form(text) != '']
+        if found: return found[0] if len(found) == 1 else None
+    return None
+
+# %% ../../nbs/50_post.oracle.ipynb #3a1e0079
 OPENING = re.compile(r'(?:([A-Z])\)(?=\s)|[(\[]?([A-Z])[)\]]?(?=[.:,;/&]|\s*$|\s*\n|\s+-|\s+(?:because|since|as|and|or|is (?:the )?(?:right|correct|best|answer))\b))')
 MENTION = re.compile(r'(?<!not )(?:\(([A-Z])\)|\b[Oo]ption ([A-Z])\b)(?! is (?:not|wrong|false|incorrect))')
 
@@ -366,30 +377,31 @@ def named_letter(
     if not opening and len({m[1] or m[2] for m in mentions}) != 1: return -1 if mentions else None
     found = opening or mentions[0]
     letter, rest = found[1] or found[2], text[found.end():]
-    index, words = ord(letter) - ord('A'), [normalise(c) for c in choices]
+    index, spelled = ord(letter) - ord('A'), same_choice(re.sub(r'^[\s.:,;)]+(?:-\s+)?', '', rest), choices)
+    if spelled is not None: return index if spelled == index else -1
     several = opening and re.match(r'\W*(?:and|or|&|/|,)?\W*[A-Z](?![\w\'])(?!\s+[a-z])', rest) or re.search(rf'(?:^|\s)(?!{letter})[A-Z][).:]\s', rest)
-    contradicted = normalise(rest) in words and normalise(rest) and words[index:index + 1] != [normalise(rest)]
-    return -1 if several or contradicted else index
+    return -1 if several else index
 
-# %% ../../nbs/50_post.oracle.ipynb #71934bf4
+# %% ../../nbs/50_post.oracle.ipynb #e6bb34c8
+STATED_CHOICE = re.compile(r'\b(?:answer|option|choice)\s*(?:is\b\s*:?|:)', re.IGNORECASE)
+
 def choice_index(
     text:str,         # a completion
     choices:list[str] # the options, in order
 )->int|None:          # index of the option it chose, or None
     "Which option a reply names, by its letter or by its words."
+    def plain(s): return re.sub(r'\*\*|\$|`', '', TEXT_MACRO.sub(r'\1', s)).strip()
+    text, box, words = plain(text), plain(last_boxed(text) or ''), [normalise(c) for c in choices]
     starts = [m.end() for m in STATED_CHOICE.finditer(text)]
-    stated = last_boxed(text) or (re.split(r'\.(?=\s|$)|\n', text[starts[-1]:].lstrip())[0] if starts else '')
-    stated, text = (' '.join(re.split(r'\*\*|\$|`', TEXT_MACRO.sub(r'\1', s))).strip() for s in (stated, text))
-    last_line = (text.splitlines() or [''])[-1]
-    for part in filter(None, (stated, last_line if re.fullmatch(r'\W*[A-Z]\W*', last_line) else '', text)):
-        index = named_letter(part, choices)
-        if index is not None: return index if 0 <= index < len(choices) else None
-        words = [normalise(c) for c in choices]
-        if normalise(part) in words and normalise(part): return words.index(normalise(part))
-        if part is stated:
-            held = [w for w in words if w and f' {w} ' in f' {normalise(stated)} ']
-            longest = [w for w in held if not any(w != v and f' {w} ' in f' {v} ' for v in held)]
-            if len(longest) == 1: return words.index(longest[0])
+    rest = text[starts[-1]:].strip() if starts and not box else ''
+    stated, last_line = box or re.split(r'\.(?=\s|$)|\n', rest)[0], text.rpartition('\n')[2]
+    for part in (box, rest, stated, text):
+        if not re.fullmatch('[A-Za-z]?', part) and (index := same_choice(part, choices, exact=bool(OPENING.match(part) or MENTION.match(part)))) is not None: return index
+    for part in (stated, last_line if re.fullmatch(r'\W*[A-Z]\W*', last_line) else '', text):
+        if (index := named_letter(part, choices)) is not None: return index if 0 <= index < len(choices) else None
+        held = [w for w in words if w and part == stated and f' {w} ' in f' {normalise(part)} ']
+        held = [w for w in held if not any(w != v and f' {w} ' in f' {v} ' for v in held)]
+        if len(held) == 1: return words.index(held[0])
     return None
 
 # %% ../../nbs/50_post.oracle.ipynb #e3115ccd
@@ -399,7 +411,7 @@ def marker(
     "What the program prints after the last test: a hash of the tests, which no completion has seen."
     return hashlib.sha256(question['meta']['tests'].encode()).hexdigest()[:16]
 
-# %% ../../nbs/50_post.oracle.ipynb #3306d5c4
+# %% ../../nbs/50_post.oracle.ipynb #b4d2716e
 def program(
     question:dict, # a QUESTION row of kind "code": meta holds `tests` and, for continuations, `prompt`
     completion:str # a reply with a fenced block, or a continuation of `prompt`
@@ -420,7 +432,7 @@ def passes_tests(
     result = run_python(program(question, completion), timeout_s=timeout_s)
     return result.ok and result.stdout.rstrip().endswith(marker(question))
 
-# %% ../../nbs/50_post.oracle.ipynb #e6bb34c8
+# %% ../../nbs/50_post.oracle.ipynb #b1e10eb5
 @lru_cache(100_000)
 def key_answer(
     key:str # `answer` of a QUESTION row
@@ -429,7 +441,7 @@ def key_answer(
     marked, prose = last_boxed(key) or hash_answer(key) or stated_answer(key), re.search(r'(?<!\\)\b(?!(?:begin|end)\b)[A-Za-z]{3,}', undress(key))
     return marked or (prose and not as_tex(key) and final_answer(key)) or key
 
-# %% ../../nbs/50_post.oracle.ipynb #72da8eba
+# %% ../../nbs/50_post.oracle.ipynb #a841a4f7
 def right_choice(
     question:dict # a QUESTION row of kind "mcq"
 )->int:           # index of the right option
@@ -440,7 +452,7 @@ def right_choice(
     if label is None: raise ValueError(f"question {question.get('id')!r}: the answer {question['answer']!r} is none of {meta['choices']}; give the index as `label` in its meta")
     return label
 
-# %% ../../nbs/50_post.oracle.ipynb #a841a4f7
+# %% ../../nbs/50_post.oracle.ipynb #381b0a1e
 def quick_verdict(
     question:dict, # a QUESTION row: kind, answer, meta
     completion:str # the text the model wrote after the prompt
@@ -467,7 +479,7 @@ def answer_oracle(
     answer, mathematics = reply_answer(completion)
     return same_answer(key_answer(question['answer']), answer, mathematics)
 
-# %% ../../nbs/50_post.oracle.ipynb #381b0a1e
+# %% ../../nbs/50_post.oracle.ipynb #789ad932
 def outcome(
     function, *args # a call
 ):                  # its value, or the exception that ended it
@@ -475,7 +487,7 @@ def outcome(
     try: return function(*args)
     except (Exception, SystemExit) as error: return error
 
-# %% ../../nbs/50_post.oracle.ipynb #b1b5d962
+# %% ../../nbs/50_post.oracle.ipynb #e8f0b819
 def answer_many(
     questions:list[dict],  # one QUESTION row per completion
     completions:list[str], # texts
@@ -514,7 +526,7 @@ def interrupted(
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
         if left: signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), every)
 
-# %% ../../nbs/50_post.oracle.ipynb #380cb848
+# %% ../../nbs/50_post.oracle.ipynb #67277541
 def abandoned(
     timeout_s:float, # seconds
     function, *args  # a call
@@ -526,7 +538,7 @@ def abandoned(
     thread.join(timeout_s)
     return found[0] if found else TimeoutError(f'no verdict within {timeout_s:g} s')
 
-# %% ../../nbs/50_post.oracle.ipynb #f0ce2dc7
+# %% ../../nbs/50_post.oracle.ipynb #f6edd128
 def within(
     timeout_s:float, # seconds
     function, *args  # a call
@@ -535,7 +547,7 @@ def within(
     main = threading.current_thread() is threading.main_thread()
     return (interrupted if main else abandoned)(timeout_s, function, *args)
 
-# %% ../../nbs/50_post.oracle.ipynb #f65fb03b
+# %% ../../nbs/50_post.oracle.ipynb #aa09789a
 FAILURES = ('oracle_raised', 'oracle_hung', 'oracle_nonsense')
 
 def oracle_name(
@@ -545,7 +557,7 @@ def oracle_name(
     while isinstance(oracle, partial): oracle = oracle.func
     return getattr(oracle, '__qualname__', type(oracle).__qualname__)
 
-# %% ../../nbs/50_post.oracle.ipynb #4f4b0fbc
+# %% ../../nbs/50_post.oracle.ipynb #81fff4ae
 def read_outcome(
     value # what an oracle returned, or its exception
 )->tuple[bool, str, str]: # (success; one of FAILURES or ''; what happened)
@@ -559,7 +571,7 @@ def read_outcome(
     if found is None: return False, 'oracle_nonsense', f'it returned {value!r:.100}, which is neither true nor false'
     return found, '', ''
 
-# %% ../../nbs/50_post.oracle.ipynb #fe4f6191
+# %% ../../nbs/50_post.oracle.ipynb #91016a23
 def grade(
     oracle,                     # (question row, completion text) -> bool; its `many`, if it has one, takes lists and gives a bool or an exception each
     questions:list[dict],       # one QUESTION row per completion
@@ -581,7 +593,7 @@ def grade(
                           f"This rollout counts as wrong, and so will others of its kind, which are counted ({failure}) and not shown", RuntimeWarning, stacklevel=2)
     return results, errors
 
-# %% ../../nbs/50_post.oracle.ipynb #7f36ccb5
+# %% ../../nbs/50_post.oracle.ipynb #701c6902
 def isolated(
     oracle,             # (question row, completion text) -> bool
     timeout_s:float=10. # of one call, seconds on the wall
