@@ -87,13 +87,13 @@ def in_words(key, text):
     return bool(first) and Fraction(first[0]) == Fraction(key)
 
 
-WORDS = st.lists(st.sampled_from(['Ella', 'paid', 'has', '3', '12', '-4', '7.5', '+', '-', '=', 'coins.', 'coins', 'The answer is', 'the answer is:', '7.', '12.', 'a', 'I', '\n', 'so', '5', '(3)', '8,', '!']), max_size=14)
+WORDS = st.lists(st.sampled_from(['Ella', 'paid', 'has', '3', '12', '-4', '7.5', '+', '-', '=', 'coins.', 'coins', '7.', '12.', 'a', 'I', '\n', 'so', '5', '(3)', '8,', '!']), max_size=7)
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.integers(-20, 20), WORDS)
-def test_sentences_are_read_as_they_always_were(key, words):
-    text = ' '.join(words)
+@given(st.sampled_from([3, 12, -4, 7, 5, 8]), WORDS, st.sampled_from(['The answer is', 'the answer is:', '']), WORDS)
+def test_sentences_are_read_as_they_always_were(key, before, states, after):
+    text = ' '.join([*before, states, *after])
     assert answer_oracle(problem(str(key)), text) is in_words(str(key), text), reply_answer(text)
 
 
@@ -131,7 +131,7 @@ EQUAL = [('x^2+2x+1', '(x+1)^2'), ('(x+1)**2', 'x^2+2*x+1'), ('x=5', '5'), ('5',
          ('y=2x+1', '2x+1'), ('f(x)=x+1', 'x+1'), (r'\text{Tuesday}', '**tuesday**.'), ('7', '3+4=7'), (r'\left(\frac{1}{2},3\right)', '(0.5, 3)'), ('2x+3y=5', '4x+6y=10'), ('12:30', '12:30'), ('A', 'a'),
          (r'\begin{pmatrix}1\\2\end{pmatrix}', r'\begin{pmatrix} 1 \\ 2 \end{pmatrix}'), (r'2\sqrt{3}', r'\sqrt{12}'), (r'\infty', 'infty'), ('90', r'90^\circ'), ('x^2+2x+1', 'x^2+2x+1}')]
 DIFFERENT = [(r'\{1,2\}', '(1,2)'), ('(1,2)', '(2,1)'), ('(1,2)', '2,1'), ('[1,2]', '(1,2)'), ('[1,2]', '[1,2)'), ('3', r'3\pi'), (r'3\pi', '3'), ('3', r'\boxed{3\sqrt{2}}'), (r'\sqrt{2}', '1.414214'), (r'\sqrt{2}', '2'),
-             ('x>2', 'x<2'), ('x>2', r'x \ge 2'), ('x+1', 'y+1'), ('x^2', '2^x'), ('x^{2}', 'x^{3}'), ('cat', 'act'), ('east', 'seat'), ('1', 'x+1'), ('x+1', '1'), ('y=2x+1', 'y=2x+2'), ('5', 'x+3=5'), ('x=5', 'y=5'),
+             ('x>2', 'x<2'), ('x>2', r'x \ge 2'), ('x+1', 'y+1'), ('x^2', '2^x'), ('x^{2}', 'x^{3}'), ('cat', 'act'), ('east', 'seat'), ('3x + cat', '3x + act'), ('1', 'x+1'), ('x+1', '1'), ('y=2x+1', 'y=2x+2'), ('5', 'x+3=5'), ('x=5', 'y=5'),
              ('x=5', 'x=6'), ('12', '12_3'), ('10', '1010_2'), ('x-1', '1-x'), ('2-i', '2+i'), ('2', r'\pm 2'), ('3:4', '4:3'), ('12:30', '12:45'), ('3', '3x'), ('3x', '3'), ('2.5', r'2.5 \times 10^3'), ('1', '(1,2)'),
              ('1', '1,2'), ('1,2', '1,2,3'), ('5', '5!'), ('1', '1 - 2'), ('3', '3 + 4'), ('x^2+2x+1', 'x^2+2x+2'), (r'\infty', r'-\infty'), ('2', '2/3'), ('2^3', '2'), ('8', '2^2'), ('0', 'no solution'), ('no solution', '0'),
              ('A', 'B'), ('A', ''), ('a', 'the'), ('2x+3y=5', '2x+3y=6'), ('5', TOWER + 'x')]

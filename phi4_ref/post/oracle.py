@@ -220,7 +220,8 @@ def serve(
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     replies = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # what a library prints is no verdict
-    resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    try: resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    except (ValueError, OSError): pass  # macOS knows no such limit
     compare('x', 'x')  # load everything before the clock runs
     print('ready', file=replies, flush=True)
     for line in sys.stdin:
@@ -265,7 +266,7 @@ class Worker:
 
 # %% ../../nbs/50_post.oracle.ipynb #49f4415e
 IDLE = deque()  # workers that wait for work
-os.register_at_fork(after_in_child=IDLE.clear)  # a fork must not talk to its parent's workers
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=IDLE.clear)  # a fork must not talk to its parent's workers
 
 @lru_cache(100_000)
 def tex_equal(
@@ -544,7 +545,7 @@ def within(
     function, *args  # a call
 ):                   # its value, or the exception that ended it; TimeoutError where it did not end
     "The outcome of a call that may hang."
-    main = threading.current_thread() is threading.main_thread()
+    main = hasattr(signal, 'SIGALRM') and threading.current_thread() is threading.main_thread()
     return (interrupted if main else abandoned)(timeout_s, function, *args)
 
 # %% ../../nbs/50_post.oracle.ipynb #aa09789a
@@ -565,7 +566,7 @@ def read_outcome(
     if isinstance(value, TimeoutError): return False, 'oracle_hung', str(value) or 'TimeoutError'
     if isinstance(value, BaseException):
         frames = traceback.extract_tb(value.__traceback__)
-        return False, 'oracle_raised', f'{type(value).__name__}: {value}'[:300] + (f' ({frames[-1].name}, line {frames[-1].lineno})' if frames else '')
+        return False, 'oracle_raised', ': '.join(filter(None, (type(value).__name__, str(value))))[:300] + (f' ({frames[-1].name}, line {frames[-1].lineno})' if frames else '')
     try: found = next((v for v in (True, False) if not isinstance(value, str) and value == v), None)
     except Exception: found = None  # what cannot be compared is no verdict
     if found is None: return False, 'oracle_nonsense', f'it returned {value!r:.100}, which is neither true nor false'
