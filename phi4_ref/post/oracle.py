@@ -231,7 +231,7 @@ def serve(
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(int(verdict), file=replies, flush=True)
 
-# %% ../../nbs/50_post.oracle.ipynb #ea337abd
+# %% ../../nbs/50_post.oracle.ipynb #123ff0bc
 class Worker:
     "A process that compares expressions, and may be killed at it."
     def __init__(self,
@@ -264,7 +264,7 @@ class Worker:
         try: self.process.stdin.close()
         except BrokenPipeError: pass
 
-# %% ../../nbs/50_post.oracle.ipynb #49f4415e
+# %% ../../nbs/50_post.oracle.ipynb #3b19d8e4
 IDLE = deque()  # workers that wait for work
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=IDLE.clear)  # a fork must not talk to its parent's workers
 
@@ -286,7 +286,7 @@ def tex_equal(
         else: IDLE.append(worker)
     return verdict
 
-# %% ../../nbs/50_post.oracle.ipynb #74cd0b01
+# %% ../../nbs/50_post.oracle.ipynb #49f4415e
 @atexit.register
 def stop_workers():
     "End the idle workers."
@@ -301,7 +301,7 @@ def normalise(
     words = re.sub(r"[^\w\s]", ' ', text.replace("'", '')).split()
     return ' '.join(w for w in words if w not in ('a', 'an', 'the'))
 
-# %% ../../nbs/50_post.oracle.ipynb #8a754383
+# %% ../../nbs/50_post.oracle.ipynb #3306d5c4
 def contains_answer(
     answer:str,    # the key
     completion:str # the reply
@@ -310,7 +310,7 @@ def contains_answer(
     key = normalise(answer)
     return bool(key) and f' {key} ' in f' {normalise(completion)} '
 
-# %% ../../nbs/50_post.oracle.ipynb #3901c84e
+# %% ../../nbs/50_post.oracle.ipynb #2eef86bd
 BARE = re.compile(r'\s*\$?-?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?[\s.]*')  # most keys and answers are this, and need no further thought
 
 def quick_equal(
@@ -330,7 +330,7 @@ def quick_equal(
     if undress(key).replace(' ', '') == undress(answer).replace(' ', ''): return True
     return None if align(key, answer) else False
 
-# %% ../../nbs/50_post.oracle.ipynb #fca032a6
+# %% ../../nbs/50_post.oracle.ipynb #0fb5ce49
 def same_answer(
     key:str,               # the known answer, as written
     answer:str,            # the reply's
@@ -364,7 +364,7 @@ def same_choice(
         if found: return found[0] if len(found) == 1 else None
     return None
 
-# %% ../../nbs/50_post.oracle.ipynb #3a1e0079
+# %% ../../nbs/50_post.oracle.ipynb #d31327ed
 OPENING = re.compile(r'(?:([A-Z])\)(?=\s)|[(\[]?([A-Z])[)\]]?(?=[.:,;/&]|\s*$|\s*\n|\s+-|\s+(?:because|since|as|and|or|is (?:the )?(?:right|correct|best|answer))\b))')
 MENTION = re.compile(r'(?<!not )(?:\(([A-Z])\)|\b[Oo]ption ([A-Z])\b)(?! is (?:not|wrong|false|incorrect))')
 
@@ -383,7 +383,7 @@ def named_letter(
     several = opening and re.match(r'\W*(?:and|or|&|/|,)?\W*[A-Z](?![\w\'])(?!\s+[a-z])', rest) or re.search(rf'(?:^|\s)(?!{letter})[A-Z][).:]\s', rest)
     return -1 if several else index
 
-# %% ../../nbs/50_post.oracle.ipynb #e6bb34c8
+# %% ../../nbs/50_post.oracle.ipynb #bf0a22d5
 STATED_CHOICE = re.compile(r'\b(?:answer|option|choice)\s*(?:is\b\s*:?|:)', re.IGNORECASE)
 
 def choice_index(
@@ -412,7 +412,7 @@ def marker(
     "What the program prints after the last test: a hash of the tests, which no completion has seen."
     return hashlib.sha256(question['meta']['tests'].encode()).hexdigest()[:16]
 
-# %% ../../nbs/50_post.oracle.ipynb #b4d2716e
+# %% ../../nbs/50_post.oracle.ipynb #8a754383
 def program(
     question:dict, # a QUESTION row of kind "code": meta holds `tests` and, for continuations, `prompt`
     completion:str # a reply with a fenced block, or a continuation of `prompt`
@@ -433,7 +433,7 @@ def passes_tests(
     result = run_python(program(question, completion), timeout_s=timeout_s)
     return result.ok and result.stdout.rstrip().endswith(marker(question))
 
-# %% ../../nbs/50_post.oracle.ipynb #b1e10eb5
+# %% ../../nbs/50_post.oracle.ipynb #839c6d4d
 @lru_cache(100_000)
 def key_answer(
     key:str # `answer` of a QUESTION row
@@ -442,7 +442,7 @@ def key_answer(
     marked, prose = last_boxed(key) or hash_answer(key) or stated_answer(key), re.search(r'(?<!\\)\b(?!(?:begin|end)\b)[A-Za-z]{3,}', undress(key))
     return marked or (prose and not as_tex(key) and final_answer(key)) or key
 
-# %% ../../nbs/50_post.oracle.ipynb #a841a4f7
+# %% ../../nbs/50_post.oracle.ipynb #29a5ec0d
 def right_choice(
     question:dict # a QUESTION row of kind "mcq"
 )->int:           # index of the right option
@@ -453,7 +453,7 @@ def right_choice(
     if label is None: raise ValueError(f"question {question.get('id')!r}: the answer {question['answer']!r} is none of {meta['choices']}; give the index as `label` in its meta")
     return label
 
-# %% ../../nbs/50_post.oracle.ipynb #381b0a1e
+# %% ../../nbs/50_post.oracle.ipynb #e7744e7d
 def quick_verdict(
     question:dict, # a QUESTION row: kind, answer, meta
     completion:str # the text the model wrote after the prompt
@@ -480,7 +480,7 @@ def answer_oracle(
     answer, mathematics = reply_answer(completion)
     return same_answer(key_answer(question['answer']), answer, mathematics)
 
-# %% ../../nbs/50_post.oracle.ipynb #789ad932
+# %% ../../nbs/50_post.oracle.ipynb #b1b5d962
 def outcome(
     function, *args # a call
 ):                  # its value, or the exception that ended it
@@ -488,7 +488,7 @@ def outcome(
     try: return function(*args)
     except (Exception, SystemExit) as error: return error
 
-# %% ../../nbs/50_post.oracle.ipynb #e8f0b819
+# %% ../../nbs/50_post.oracle.ipynb #789ad932
 def answer_many(
     questions:list[dict],  # one QUESTION row per completion
     completions:list[str], # texts
@@ -527,7 +527,7 @@ def interrupted(
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
         if left: signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), every)
 
-# %% ../../nbs/50_post.oracle.ipynb #67277541
+# %% ../../nbs/50_post.oracle.ipynb #f0ce2dc7
 def abandoned(
     timeout_s:float, # seconds
     function, *args  # a call
@@ -539,7 +539,7 @@ def abandoned(
     thread.join(timeout_s)
     return found[0] if found else TimeoutError(f'no verdict within {timeout_s:g} s')
 
-# %% ../../nbs/50_post.oracle.ipynb #f6edd128
+# %% ../../nbs/50_post.oracle.ipynb #67277541
 def within(
     timeout_s:float, # seconds
     function, *args  # a call
@@ -548,7 +548,7 @@ def within(
     main = hasattr(signal, 'SIGALRM') and threading.current_thread() is threading.main_thread()
     return (interrupted if main else abandoned)(timeout_s, function, *args)
 
-# %% ../../nbs/50_post.oracle.ipynb #aa09789a
+# %% ../../nbs/50_post.oracle.ipynb #4f4b0fbc
 FAILURES = ('oracle_raised', 'oracle_hung', 'oracle_nonsense')
 
 def oracle_name(
@@ -558,7 +558,7 @@ def oracle_name(
     while isinstance(oracle, partial): oracle = oracle.func
     return getattr(oracle, '__qualname__', type(oracle).__qualname__)
 
-# %% ../../nbs/50_post.oracle.ipynb #81fff4ae
+# %% ../../nbs/50_post.oracle.ipynb #aa09789a
 def read_outcome(
     value # what an oracle returned, or its exception
 )->tuple[bool, str, str]: # (success; one of FAILURES or ''; what happened)
@@ -572,7 +572,7 @@ def read_outcome(
     if found is None: return False, 'oracle_nonsense', f'it returned {value!r:.100}, which is neither true nor false'
     return found, '', ''
 
-# %% ../../nbs/50_post.oracle.ipynb #91016a23
+# %% ../../nbs/50_post.oracle.ipynb #f184a063
 def grade(
     oracle,                     # (question row, completion text) -> bool; its `many`, if it has one, takes lists and gives a bool or an exception each
     questions:list[dict],       # one QUESTION row per completion
@@ -594,7 +594,7 @@ def grade(
                           f"This rollout counts as wrong, and so will others of its kind, which are counted ({failure}) and not shown", RuntimeWarning, stacklevel=2)
     return results, errors
 
-# %% ../../nbs/50_post.oracle.ipynb #701c6902
+# %% ../../nbs/50_post.oracle.ipynb #cd8b504f
 def isolated(
     oracle,             # (question row, completion text) -> bool
     timeout_s:float=10. # of one call, seconds on the wall
