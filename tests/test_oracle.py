@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from phi4_ref.post import oracle as o
@@ -91,6 +91,9 @@ WORDS = st.lists(st.sampled_from(['Ella', 'paid', 'has', '3', '12', '-4', '7.5',
 
 
 @settings(max_examples=500, deadline=None)
+@example(5, [], 'The answer is', ['3', '=', '5'])
+@example(3, [], 'The answer is', ['3', '=', '5', 'coins'])
+@example(7, ['3', '+', '5'], 'The answer is', ['7', '-', '5'])
 @given(st.sampled_from([3, 12, -4, 7, 5, 8]), WORDS, st.sampled_from(['The answer is', 'the answer is:', '']), WORDS)
 def test_sentences_are_read_as_they_always_were(key, before, states, after):
     text = ' '.join([*before, states, *after])
