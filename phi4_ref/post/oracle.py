@@ -139,9 +139,9 @@ def undress(
     return re.sub(rf'(?<=[\d\s}})])\s*{UNITS}$', '', s).rstrip()
 
 # %% ../../nbs/50_post.oracle.ipynb #c85e7470
-MARKUP = re.compile(r'\\[A-Za-z{}|]|[\^{}\u221a\u03c0\u221e\u00b1\u00b2\u00b3]|\w_|\d\s*:\s*\d|\d(?![msghlLWVNJCFe])[A-Za-z](?![A-Za-z])'
-                    r'|(?<![A-Za-z])[A-Za-z]\s*[-+*/^(]\s*[\w(]|[\d)]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])')
-ARITHMETIC = re.compile(r'\d\s*[-+*\u00d7\u00b7!]|\d\s*/(?!\s*\d)|/\s*\d+\s*/|\d\s*\(|\)\s*\d|[\[(].*,|\d,(?!\d{3}(?!\d))|[<>|\u2264\u2265]'
+MARKUP = re.compile(r'\\[A-Za-z{}|]|[\^{}\u221a\u03c0\u221e\u00b1\u00b2\u00b3]|(?<!\w)(?:[A-Za-z]|\d+)_|\d\s*:\s*\d|\d(?![msghlLWVNJCFe])[A-Za-z](?![A-Za-z])'
+                    r'|(?<![A-Za-z])(?![aAI]\s)[A-Za-z]\s*[-+*/^(]\s*[\w(]|[\d)]\s*[-+*/]\s*(?![aAI])[A-Za-z](?![A-Za-z])')
+ARITHMETIC = re.compile(r'(?<![A-Za-z])[aAI]\s*[-+*/^(]\s*[\w(]|[\d)]\s*[-+*/]\s*[aAI](?![A-Za-z])|\d\s*[-+*\u00d7\u00b7!]|\d\s*/(?!\s*\d)|/\s*\d+\s*/|\d\s*\(|\)\s*\d|[\[(].*,|\d,(?!\d{3}(?!\d))|[<>|\u2264\u2265]'
                         r'|(?<![A-Za-z])\d\s+(?![msghlLWVNJCFaI])[A-Za-z](?![A-Za-z])')
 
 def is_expression(
