@@ -103,7 +103,7 @@ GRADERS = {'problem': numeric, 'fact': containment, 'unknown': containment, 'rec
 
 def _grade_one(question, reply):
     try: return GRADERS[question['kind']](question, reply)
-    except (ArithmeticError, ValueError, RecursionError): return Grade(0., 'incorrect')
+    except (ArithmeticError, ValueError, RecursionError, TimeoutError): return Grade(0., 'incorrect')
 
 def grade(
     questions:list[dict],  # QUESTION rows of any kind but mcq, which has no reply

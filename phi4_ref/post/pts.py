@@ -180,7 +180,7 @@ def sample_and_grade(
     "One call of the sampler, then the oracle on each whole answer."
     completions = sampling.sampler(prefixes, seeds, sampling.max_total)
     texts = [sampling.tokenizer.decode(g + list(c.ids), skip_special_tokens=True) for g, c in zip(given, completions, strict=True)]
-    graded, errors = grade(sampling.oracle, questions, texts)
+    graded, errors = grade(sampling.oracle, questions, texts, counts=sampling.totals)
     sampling.totals.update(rollouts=len(seeds), oracle_errors=errors, generated_tokens=sum(len(c.ids) for c in completions))
     return completions, [ok and c.finished for ok, c in zip(graded, completions)]
 
