@@ -10,7 +10,6 @@ held before the model was made (on a GPU, PyTorch's own count).
 """
 import argparse, os, platform, statistics, tempfile, time
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # a waiting process must not spin
 import torch, transformers
 import torch.nn.functional as F
 
