@@ -96,7 +96,7 @@ class Model(Section):
         return self
 
 class Compute(Section):
-    "How the model is computed: changes memory and speed, not results, so it may change between stages and parts of a run."
+    "How the model is computed: changes memory and speed, and results only by rounding, so it may change between stages and parts of a run."
     attention: Literal["auto", "eager", "sdpa", "flash"] = "auto"  # auto: the fastest for the device; flash needs flash-attn
     activation_checkpointing: bool = False  # compute each layer again in the backward pass instead of keeping its inner values
 

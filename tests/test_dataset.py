@@ -11,7 +11,7 @@ from phi4_ref.model.generate import generate
 from phi4_ref.model.pretrained import save_pretrained
 from phi4_ref.model.tokenizer import chat_example, train_tokenizer
 from phi4_ref.model.transformer import ModelConfig, Transformer
-from phi4_ref.post.dataset import end_ids, open_model, question_ids
+from phi4_ref.post.dataset import end_ids, open_model, question_ids, weights_id
 from phi4_ref.synth.llm import ReplyStore
 from phi4_ref.train.data import SFTBatches
 from phi4_ref.train.loop import TrainSettings, train
@@ -90,3 +90,12 @@ def test_a_reply_ends_where_any_of_the_models_own_ends_stands(made):
     model, tokenizer = open_model(str(made/"model"))
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in end_ids(model, tokenizer)
     assert all(c.finished for c in generate(model, [question_ids(tokenizer, "3 and 3?")] * 8, max_new_tokens=20, stop_ids=end_ids(model, tokenizer)))
+
+
+def test_other_weights_under_the_same_name_are_another_model(made):
+    model, _ = open_model(str(made/"model"))
+    before = weights_id(model)
+    assert weights_id(open_model(str(made/"model"))[0]) == before
+    with torch.no_grad():
+        for p in model.parameters(): p += 1e-3
+    assert weights_id(model) != before

@@ -6,9 +6,9 @@
 __all__ = ['MIN_SEEN', 'LOOKS', 'SURE', 'SHUFFLES', 'tree_success', 'tree_at', 'tree_sampler', 'walk', 'split_point', 'subdivide',
            'pivotal_positions', 'certified', 'Case', 'rollout_seed', 'Sampling', 'sample_and_grade', 'draw',
            'start_cases', 'ratio', 'draw_trajectories', 'estimate', 'first_segments', 'subdivide_cases', 'pair_at',
-           'preference', 'two_samples', 'confirm', 'rising', 'verdict', 'test', 'null_p_values', 'passing', 'stored',
-           'whole_answers', 'full_length_pairs', 'search_chunk', 'search', 'confirmed', 'model_sampler', 'trace',
-           'figure3', 'token_grid', 'draw_token']
+           'preference', 'two_samples', 'confirm', 'rising', 'verdict', 'look_p_value', 'null_p_values', 'passing',
+           'stored', 'whole_answers', 'full_length_pairs', 'search_chunk', 'search', 'confirmed', 'model_sampler',
+           'trace', 'figure3', 'token_grid', 'draw_token']
 
 # %% ../../nbs/51_post.pts.ipynb #61f2c53c
 import hashlib
@@ -361,9 +361,9 @@ def verdict(
     share, estimate = 1 - math.exp(case.logprobs[position]), ratio(own) - ratio(others) if own[0] and others[0] else 0.
     low, high = newcombe(own, others)
     return dict(n_own=own[0], k_own=own[1], n_others=others[0], k_others=others[1], share=share, change=share * estimate,
-                change_low=share * low, change_high=share * high, p_value=min(p_value, test(own, others, side, margin / share)))
+                change_low=share * low, change_high=share * high, p_value=min(p_value, look_p_value(own, others, side, margin / share)))
 
-def test(
+def look_p_value(
     own:tuple, others:tuple, side:int, margin:float # two samples (n, k), which way, and what their difference must exceed
 )->float:
     "The p-value of one look, for as many looks as there may be."
@@ -381,7 +381,7 @@ def null_p_values(
     for j, v in enumerate(verdicts):
         n, k = v['n_own'] + v['n_others'], v['k_own'] + v['k_others']
         for i, own in enumerate(rng.hypergeometric(k, n - k, v['n_own'], SHUFFLES)):
-            p[i, j] = test((v['n_own'], int(own)), (v['n_others'], k - int(own)), v['side'], v['margin'] / v['share'])
+            p[i, j] = look_p_value((v['n_own'], int(own)), (v['n_others'], k - int(own)), v['side'], v['margin'] / v['share'])
     return p
 
 def passing(
