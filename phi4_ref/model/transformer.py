@@ -130,7 +130,7 @@ def auto_attention(q_BHTD:Tensor, k_BKSD:Tensor, v_BKSD:Tensor, mask_BTS:Tensor=
     "Whichever of the above is fastest for the device and shape."
     T, on_cpu = q_BHTD.shape[2], q_BHTD.device.type == "cpu"
     if on_cpu and mask_BTS is None and q_BHTD.dtype == torch.bfloat16 and T <= 2048: return blocked_attention(q_BHTD, k_BKSD, v_BKSD)
-    if not on_cpu or T > 1: return sdpa_attention(q_BHTD, k_BKSD, v_BKSD, mask_BTS)
+    if not on_cpu or T > 1 or mask_BTS is None: return sdpa_attention(q_BHTD, k_BKSD, v_BKSD, mask_BTS)
     q_BKGD = q_BHTD.reshape(*k_BKSD.shape[:2], -1, k_BKSD.shape[-1]) * k_BKSD.shape[-1]**-0.5
     return ((q_BKGD @ k_BKSD.transpose(2, 3) + mask_BTS[:, None]).softmax(-1) @ v_BKSD).view_as(q_BHTD)
 
