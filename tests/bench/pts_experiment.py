@@ -230,11 +230,12 @@ def compute_table(run, args):
     (test, settings, epochs), pairs = test_items(run, args), load(run/'pts'/'pairs.parquet')
     whole = pts.full_length_pairs(load_json(run/'pts'/'trajectories.json'), sampler_of(run/'sft', run)[1])
     rows, cost = [], pass_tokens(pairs, 'token')
+    arms = dict(token=('token', pairs, 1), full=('full', whole, 1), faster=('full', whole, 2))  # kind, pairs, learning rates of the run
     for share in (1 / 12, 1 / 6, 1 / 3, 2 / 3, 1):
-        both = [score_after(run, f'{kind}-{share:.2f}', of, kind, settings, epochs * share * cost / pass_tokens(of, kind), test) for kind, of in (('token', pairs), ('full', whole))]
-        (ids, token), (_, full) = map(tuple, both)
-        rows.append([f'{epochs * share * cost:,.0f}', percent(mean_interval(token, ids)), percent(mean_interval(full, ids)), points(paired_interval([float(x) for x in token], [float(x) for x in full], ids))])
-    return table(['tokens read', 'pivotal pairs, %', 'whole answers, %', 'difference, points'], rows)
+        found = {name: tuple(map(tuple, score_after(run, f'{name}-{share:.2f}', of, kind, settings | dict(lr=settings['lr'] * times), epochs * share * cost / pass_tokens(of, kind), test))) for name, (kind, of, times) in arms.items()}
+        ids, token = found['token']
+        rows.append([f'{epochs * share * cost:,.0f}', *(percent(mean_interval(right, ids)) for _, right in found.values()), *(points(paired_interval([float(x) for x in token], [float(x) for x in found[name][1]], ids)) for name in ('full', 'faster'))])
+    return table(['tokens read', 'pivotal pairs, %', 'whole answers, %', 'the same at twice the learning rate, %', 'pivotal minus whole, points', 'pivotal minus twice the rate, points'], rows)
 
 
 def report(runs, args):
