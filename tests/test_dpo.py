@@ -274,6 +274,25 @@ def test_logits_in_chunks_change_nothing_and_are_never_all_there(single, monkeyp
     assert max(seen) <= 64 * 5 < at_once
 
 
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('kind', ['token', 'full'])
+def test_rows_of_like_length_together_change_nothing_and_compute_less(name, kind, monkeypatch):
+    model, ref, pairs = dpo.without_dropout(MODELS[name]()), dpo.without_dropout(MODELS[name](1)), some_pairs(13) + some_pairs(8, seed=1, single=False)
+    pairs = pairs[:13] if kind == 'token' else pairs[13:]
+    batch, loss, seen = dpo.PairBatches(pairs, [.1] * len(pairs), len(pairs), 1, kind=kind).batch(0), dpo.preference_loss(.3, ref, **ALL_TERMS), []
+    plain = dpo.hidden
+    monkeypatch.setattr(dpo, 'hidden', lambda model, ids: (seen.append(ids.numel()), plain(model, ids))[1])
+    grads, tokens = {}, {}
+    for rows_together in (1, 2, dpo.GROUP, 99):
+        monkeypatch.setattr(dpo, 'GROUP', rows_together)
+        grads[rows_together], tokens[rows_together] = gradient(model, loss, batch), sum(seen)
+        seen.clear()
+    whole = grads[99]
+    assert all(torch.allclose(g, whole, rtol=1e-4, atol=2e-6 * whole.abs().max()) for g in grads.values()) and whole.abs().max() > .01
+    assert sorted(tokens, key=tokens.get) == [1, 2, 8, 99]
+    if kind == 'token': assert tokens[1] == 2 * sum(len(r['prompt_ids']) for r in pairs)  # policy and reference, no padding at all
+
+
 def test_label_noise_is_the_beta_probability():
     from scipy.integrate import quad
     from scipy.stats import beta
@@ -287,11 +306,14 @@ def test_each_pair_is_smoothed_by_its_own_counts(tmp_path, monkeypatch):
     pairs, seen = some_pairs(3), {}
     pairs[0]['meta'], pairs[1]['meta'] = (dict(n_chosen=10, k_chosen=k, n_rejected=10, k_rejected=5) for k in (9, 6))
     monkeypatch.setattr(dpo, 'train', lambda model, batches, *args, loss: seen.update(batch=batches.batch(0)))
-    dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, loss='cdpo', label_smoothing=.07, batch_size=3)
-    of = dict(zip(seen['batch']['chosen'].flatten().tolist(), seen['batch']['label_smoothing'].flatten().tolist()))
-    assert [of[r['chosen_ids'][0]] for r in pairs] == pytest.approx([dpo.label_noise(10, 9, 10, 5), dpo.label_noise(10, 6, 10, 5), .07])
+    def smoothed(**kw):
+        dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, batch_size=3, **kw)
+        of = dict(zip(seen['batch']['chosen'].flatten().tolist(), seen['batch']['label_smoothing'].flatten().tolist()))
+        return [of[r['chosen_ids'][0]] for r in pairs]
+    assert smoothed(loss='cdpo') == pytest.approx([dpo.label_noise(10, 9, 10, 5), dpo.label_noise(10, 6, 10, 5), 0.])  # no counts: taken at its word
+    assert smoothed(loss='robust', label_smoothing=.07) == pytest.approx([.07] * 3)
     pairs[2]['meta'] = dict(n_chosen=1, k_chosen=1, n_rejected=60, k_rejected=58)
-    with pytest.raises(ValueError, match='leave the pair out'): dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, loss='robust')
+    with pytest.raises(ValueError, match='leave the pair out or set label_smoothing'): smoothed(loss='robust')
 
 
 @pytest.mark.parametrize('name', MODELS)
