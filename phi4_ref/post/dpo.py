@@ -8,7 +8,8 @@ __all__ = ['LOSSES', 'PER_TOKEN', 'COUNTS', 'GROUP', 'LOGITS', 'KINDS', 'sigmoid
            'check_output', 'without_dropout', 'in_chunks', 'token_logprobs', 'answer_logprobs', 'token_margins',
            'pair_probs', 'third_mass', 'kl_divergence', 'merge_pair', 'as_reference', 'prefix_states', 'drift',
            'flat_pairs', 'margins', 'preference_loss', 'trajectories', 'collate_tokens', 'collate_answers', 'pair_rows',
-           'PairBatches', 'reference_margins', 'shuffle_labels', 'mix', 'mixture', 'chat_pair', 'train_dpo']
+           'PairBatches', 'reference_margins', 'shuffle_labels', 'mix', 'largest_mixture', 'mixture', 'chat_pair',
+           'train_dpo']
 
 # %% ../../nbs/52_post.dpo.ipynb #094a3570
 import copy
@@ -469,6 +470,13 @@ def mix(
     return pairs + random.Random(seed).sample(extra, min(wanted, len(extra)))
 
 # %% ../../nbs/52_post.dpo.ipynb #565c3562
+def largest_mixture(
+    sources:dict, # name -> PREFERENCE rows
+    counts:dict   # name -> samples, all above 0; the same names
+)->int:           # samples in all
+    "The largest `size` of `mixture` for which there are enough of each."
+    return math.floor(min(len(sources[name]) / n for name, n in counts.items()) * sum(counts.values()) + 1e-9)
+
 def mixture(
     sources:dict,       # name -> PREFERENCE rows
     counts:dict,        # name -> samples, as `paper.TABLE_7`; the same names
@@ -481,8 +489,7 @@ def mixture(
     ends = np.rint(np.cumsum([0, *counts.values()]) * ((size or total) / total)).astype(int)
     wanted = dict(zip(counts, np.diff(ends).tolist()))
     if short := [f'{name} has {len(sources[name])} rows of {n}' for name, n in wanted.items() if len(sources[name]) < n]:
-        largest = int(min(len(sources[name]) / n for name, n in counts.items() if n) * total)
-        raise ValueError(f"the mixture needs more than there is: {', '.join(short)}; size={largest} is about the largest that these sources give")
+        raise ValueError(f"the mixture needs more than there is: {', '.join(short)}; size={largest_mixture(sources, counts)} is the largest that these sources give")
     rng = random.Random(seed)
     return [row for name, n in wanted.items() for row in rng.sample(sources[name], n)]
 
