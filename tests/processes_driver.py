@@ -1,4 +1,5 @@
 "Work for test_processes.py, run under `accelerate launch`: python processes_driver.py WHAT FOLDER."
+import copy
 import json
 import os
 import sys
@@ -6,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import phi4_ref.train.checkpoint as checkpoint
 from phi4_ref.model.transformer import Attention, ModelConfig, Transformer
+from phi4_ref.post.dpo import train_dpo
 from phi4_ref.train.checkpoint import gathered
 from phi4_ref.train.data import share_of
 from phi4_ref.train.loop import TrainSettings, lm_loss, train
@@ -87,6 +92,31 @@ def train_part(out):
 def stage(out):
     m, rows = run(out)
     finish_stage(m, None, out, rows)
+
+def peer(out, adapter):
+    "A model of transformers, perhaps with an adapter, trained on single-token pairs; saved as the message of `gathered` says."
+    Accelerator()
+    torch.manual_seed(0)
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, initializer_range=.2))
+    ref = None if adapter else copy.deepcopy(m)
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+        m = get_peft_model(m, LoraConfig(r=4, target_modules=['q_proj', 'v_proj']))
+    g = torch.Generator().manual_seed(1)
+    ids = lambda n: torch.randint(0, 64, (n,), generator=g).tolist()
+    pairs = [dict(id=str(i), prompt_ids=ids(3 + i % 8), chosen_ids=ids(1), rejected_ids=ids(1), meta={}) for i in range(16)]
+    rows = train_dpo(m, ref, pairs, replace(SETTINGS, skip_sigma=None), out, kl_weight=1., epochs=3, batch_size=8)
+    shards = any(isinstance(p, DTensor) for p in m.parameters())
+    weights = get_model_state_dict(m, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    try: refused = gathered(m) is not m
+    except ValueError as e: refused = 'get_model_state_dict' in str(e)
+    if RANK: return
+    torch.save(dict(weights=weights, rows=rows, sharded=shards, refused=refused), Path(out)/'result.pt')
+    m.save_pretrained(Path(out)/'model', state_dict=dict(weights))
+
+def llama(out): peer(out, adapter=False)
+
+def lora(out): peer(out, adapter=True)
 
 def poisoned(out):
     try: run(out, Ragged(poison=4))

@@ -1,13 +1,16 @@
 "One process is two processes: the shipped launch configurations, on CPUs with gloo."
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from phi4_ref.config import CONFIGS
 
@@ -15,13 +18,13 @@ DRIVER = Path(__file__).parent/'processes_driver.py'
 SHIPPED = CONFIGS/'accelerate'
 LAUNCHES = ['ddp', 'fsdp2', 'fsdp2_zero2']
 
-def launch(kind, what, out, ok=True):
+def launch(kind, what, out, ok=True, processes=2, more=(), **variables):
     "The driver under `accelerate launch` with a shipped configuration, or alone."
-    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true')
-    accelerate = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/f'{kind}.yaml'), '--num_processes', '2']
+    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', **variables)
+    accelerate = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/f'{kind}.yaml'), '--num_processes', str(processes), *more]
     done = subprocess.run([*(accelerate if kind else [sys.executable]), str(DRIVER), what, str(out)], env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
-    return torch.load(Path(out)/'result.pt', weights_only=True) if ok and (Path(out)/'result.pt').exists() else None
+    return torch.load(Path(out)/'result.pt', weights_only=True) if ok and (Path(out)/'result.pt').exists() else done.stderr
 
 @pytest.fixture(scope='module')
 def one(tmp_path_factory): return launch(None, 'train_all', tmp_path_factory.mktemp('one'))
@@ -73,6 +76,45 @@ def test_a_sharded_stage_ends_in_hugging_face_layout(one, tmp_path):
     assert not (tmp_path/'checkpoints').exists()
     weights = from_pretrained(tmp_path).state_dict()
     assert all(torch.allclose(v, weights[k], atol=2e-5) for k, v in one['weights'].items())
+
+@pytest.mark.parametrize('kind', ['llama', pytest.param('lora', marks=pytest.mark.skipif(find_spec('peft') is None, reason='peft is not installed: pip install phi4_ref[peft]'))])
+def test_a_model_of_transformers_is_sharded(kind, tmp_path):
+    "Preference training of a Llama, whole and by an adapter, over two processes; what it saves is what one process saves."
+    one = launch(None, kind, tmp_path/'one')
+    two = launch('fsdp2', kind, tmp_path/'two', more=['--fsdp_transformer_layer_cls_to_wrap', 'LlamaDecoderLayer'])
+    assert two['sharded'] and two['refused'] and not one['sharded'] and not one['refused']
+    assert_same(one, two, 1e-4)
+    a, b = (load_file(next((tmp_path/n/'model').glob('*model.safetensors'))) for n in ('one', 'two'))
+    assert a.keys() == b.keys() and any(two['weights'][k].equal(v) for k, v in b.items() if k in two['weights']) == (kind == 'llama')
+    for k in a: assert torch.allclose(a[k], b[k], atol=2e-5), k
+
+# ---- compiled
+
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')) is None, reason='torch.compile needs a C++ compiler')
+
+@pytest.fixture(scope='module')
+def compiled(tmp_path_factory):
+    "Launch with the compiler; kernels are kept, so that only the first launch compiles them."
+    kernels = tmp_path_factory.mktemp('kernels')
+    return lambda *args, kind='ddp', processes=1, **kw: launch(kind, *args, processes=processes, more=['--dynamo_backend', 'inductor'], TORCHINDUCTOR_CACHE_DIR=str(kernels), TORCHINDUCTOR_COMPILE_THREADS='1', **kw)
+
+@needs_compiler
+def test_compiled_and_continued(one, compiled, tmp_path):
+    "Compiled, the run is that of the plain model but for rounding; stopped and continued it ends in its own bits; either kind of run takes up the other's checkpoint."
+    whole = compiled('train_all', tmp_path/'whole')
+    assert_same(one, whole, 1e-4)
+    assert any(not torch.equal(v, one['weights'][k]) for k, v in whole['weights'].items()), 'not a bit differs: was it compiled?'
+    compiled('train_part', tmp_path/'part')
+    shutil.copytree(tmp_path/'part', tmp_path/'to_plain')
+    again = compiled('train_all', tmp_path/'part')
+    assert all(torch.equal(v, whole['weights'][k]) for k, v in again['weights'].items()) and [r['loss'] for r in again['rows']] == [r['loss'] for r in whole['rows']]
+    assert_same(one, launch(None, 'train_all', tmp_path/'to_plain'), 1e-4)
+    launch(None, 'train_part', tmp_path/'from_plain')
+    assert_same(one, compiled('train_all', tmp_path/'from_plain'), 1e-4)
+
+def test_without_a_compiler_a_compiled_run_is_refused_at_once(tmp_path):
+    said = launch('ddp', 'train_all', tmp_path, ok=False, processes=1, more=['--dynamo_backend', 'inductor'], CXX='no-such-compiler')
+    assert 'ValueError: launched with dynamo backend inductor' in said and 'no-such-compiler' in said and not (tmp_path/'log.jsonl').exists()
 
 def test_a_bad_row_is_named_by_every_process(tmp_path):
     launch('fsdp2', 'poisoned', tmp_path)

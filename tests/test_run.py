@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from phi4_ref import artifact, cli
 from phi4_ref.artifact import StageRefused
 from phi4_ref.config import load_config
 from phi4_ref.model.tokenizer import chat_ids
-from phi4_ref.run import open_checkpoint, run
+import phi4_ref.run as run_module
+from phi4_ref.run import chosen, computed, open_checkpoint, run
 from phi4_ref.train import pretrain
 
 from tiny import TINY, phi4, start
@@ -172,6 +174,28 @@ def test_how_the_model_is_computed_may_change_between_stages(tiny_run, tmp_path)
     assert all(torch.allclose(one[k], other[k], atol=5e-3) for k in one) and any(not torch.equal(one[k], other[k]) for k in one)
     err = complaint_of(phi4("pts", folder, "compute.attention=flash"))
     assert "flash-attn" in err
+
+
+def test_what_compute_says_is_what_a_model_gets(tiny_run, tmp_path, monkeypatch):
+    config = config_of(tiny_run, "compute.attention=eager", "compute.activation_checkpointing=true")
+    model, _ = open_checkpoint(tiny_run/"sft", **computed(config))
+    assert (model.attention, model.activation_checkpointing) == ("eager", True)
+    class Reached(Exception): pass
+    def reached(model, *args, **kw): raise Reached(model.attention, model.activation_checkpointing)
+    monkeypatch.setattr(pretrain, "train", reached)
+    (stage,) = chosen(config, "pretrain")
+    with pytest.raises(Reached) as found: stage.make(stage.view(config), {name: tiny_run/name for name in stage.inputs}, tmp_path)
+    assert found.value.args == ("eager", True)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed, so nothing is refused")
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("collect", "curate", "synth", "report")])
+def test_every_stage_with_a_model_reads_compute(tiny_run, tmp_path, stage):
+    "An attention that this machine lacks is refused by each of them."
+    config = config_of(tiny_run, "compute.attention=flash")
+    stage = next(s for s in run_module.STAGES if s.name == stage)
+    shutil.copytree(tiny_run/"pretrain"/"shards", tmp_path/"shards")
+    with pytest.raises(ValueError, match="flash-attn"): stage.make(stage.view(config), {name: tiny_run/name for name in stage.inputs}, tmp_path)
 
 
 def test_two_processes_in_one_directory(tiny_run, tmp_path):

@@ -16,7 +16,7 @@ from phi4_ref.data.shards import encode_documents, make_store, tokenize_document
 from phi4_ref.model.pretrained import from_pretrained
 from phi4_ref.model.transformer import ModelConfig, Transformer
 from phi4_ref.train.data import MixtureBatches, SFTBatches, StreamRows, WholeRows, apart, apportion, best_fit, collate, epoch_entry, epoch_order, interleave, recall_mixture
-from phi4_ref.train.loop import TrainSettings, lm_loss, lr_at, make_optimizer, plain_lm_loss, process_share, train
+from phi4_ref.train.loop import TrainSettings, account, hold_out, is_spike, lm_loss, lr_at, make_optimizer, plain_lm_loss, process_share, train
 from phi4_ref.train.midtrain import long_data, midtrain, padded_data, raise_rope
 from phi4_ref.train.pretrain import pretrain
 from phi4_ref.train.sft import best_of_n, rejection_sample, sft
@@ -141,6 +141,19 @@ def test_a_part_is_its_rows_of_the_batch():
     batches = MixtureBatches(STORES, MIX, 10, 4, 20, seed=0)
     for step in (0, 7): assert torch.equal(torch.cat([batches.part(step, r, 2)['labels'] for r in range(2)]), batches.batch(step)['labels'])
     with pytest.raises(ValueError, match='4 rows.*3 processes'): batches.part(0, 0, 3)
+    apart_batches = MixtureBatches(STORES, MIX, 25, 4, 20, seed=0, document_end=202)
+    for name in ('labels', 'position_ids'): assert torch.equal(torch.cat([apart_batches.part(3, r, 2)[name] for r in range(2)]), apart_batches.batch(3)[name])
+
+def test_a_part_of_chats_is_its_rows_of_the_batch():
+    "Filled up to its own longest only."
+    lengths = np.random.default_rng(0).integers(2, 20, 30).tolist()
+    batches = SFTBatches([([i] * n, [0] + [1] * (n - 1)) for i, n in enumerate(lengths)], context=20, batch_size=6, epochs=2, seed=0)
+    for step in range(len(batches)):
+        whole = batches.batch(step)
+        for rank in range(3):
+            part, rows = batches.part(step, rank, 3), slice(2 * rank, 2 * rank + 2)
+            width = max(lengths[int(i)] for i in whole['input_ids'][rows, 0])
+            for name in whole: assert torch.equal(part[name], whole[name][rows, :width]), name
 
 def test_a_long_run_repeats_its_pattern(monkeypatch):
     batches = MixtureBatches(STORES, MIX, 10, 4, 20, seed=0)
@@ -197,6 +210,19 @@ def test_chunked_loss_has_the_plain_gradient(chunk):
         grads.append((float(total.detach()), int(count), torch.cat([p.grad.flatten() for p in model.parameters()])))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5) and grads[0][1] == grads[1][1]
     assert torch.allclose(grads[0][2], grads[1][2], atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize('chunk', [1, 5, 1000])
+def test_chunked_loss_in_bf16(chunk):
+    "Under autocast the loss is that of the rounded logits, and the gradient that of one product: chunks add up in float32."
+    found = []
+    for loss, bf16 in ((plain_lm_loss, True), (lambda m, b: lm_loss(m, b, chunk), True), (plain_lm_loss, False)):
+        model = tiny()
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): total, _, _ = loss(model, ragged())
+        total.backward()
+        found.append((float(total.detach()), model.lm_head.weight.grad))
+    (plain, plain_grad), (fast, fast_grad), (whole, _) = found
+    assert fast == pytest.approx(plain, rel=1e-6) and whole != pytest.approx(plain, rel=2e-6)
+    assert fast_grad.dtype == torch.float32 and (fast_grad - plain_grad).norm() < .005 * plain_grad.norm()
 
 class Fixed:
     "The same ragged batch at every step, rows 0.. of it fully masked if asked."
@@ -296,6 +322,19 @@ def test_an_outlier_is_skipped_and_counted(tmp_path):
     assert with_guard[80]['loss'] > with_guard[79]['loss'] + 1 and [r['loss'] for r in with_guard[:80]] == [r['loss'] for r in calm[:80]]
     assert with_guard[81]['loss'] == calm[80]['loss'] != without[81]['loss']  # the weights of step 80, untouched
 
+@pytest.mark.parametrize('key', ['loss', 'grad_norm'])
+def test_what_a_spike_is(key):
+    "Either number more than sigma sample deviations above the mean, once half a window is known."
+    recent = [[2. + i % 2, 2. + i % 2] for i in range(64)]
+    row, bound = dict(loss=0., grad_norm=0.), 2.5 + 3 * np.std([2, 3] * 32, ddof=1)
+    assert is_spike(recent, row | {key: bound + 1e-6}, 3.) and not is_spike(recent, row | {key: bound - 1e-6}, 3.)
+    assert not is_spike(recent[1:], row | {key: 99.}, 3.) and not is_spike(recent, row | {key: 99.}, None)
+
+def test_the_last_128_steps_are_remembered():
+    state = dict(step=0, tokens=0, seconds=0.)
+    for i in range(200): account(state, dict(loss=float(i), grad_norm=1., tokens=1, skipped=i % 2), lr=1., seconds=1.)
+    assert state['recent'] == [[float(i), 1.] for i in range(72, 200)] and (state['step'], state['tokens'], state['seconds'], state['skipped']) == (200, 200, 200., 100)
+
 def test_a_skipped_step_leaves_the_optimizer_alone(tmp_path):
     from accelerate import Accelerator
     from phi4_ref.train.loop import Objective, train_step
@@ -378,11 +417,22 @@ def test_tensorboard_has_the_log(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars('loss')] == [(r['step'], pytest.approx(r['loss'])) for r in rows]
 
 def test_held_out_documents_are_not_trained_on():
-    from phi4_ref.train.loop import hold_out
     kept, held = hold_out(STORES, 2, 10)
     for source, store in STORES.items():
         assert kept[source].read(0, kept[source].size).tolist() + held[source]['input_ids'].flatten().tolist() == store.tokens.tolist()
     with pytest.raises(ValueError, match='synthetic'): hold_out(STORES, 4, 10)
+
+@given(st.lists(st.integers(1, 25), min_size=1, max_size=30), st.integers(1, 3), st.integers(2, 12))
+def test_as_few_whole_documents_as_possible_are_held_out(lengths, rows, context):
+    store = make_store([np.full(n, i) for i, n in enumerate(lengths)], 60)
+    enough = [k for k in range(len(lengths)) if sum(lengths[k:]) >= rows * context]  # documents to keep, so that the rest fill the rows
+    if not enough or enough[-1] < len(lengths) / 2:
+        with pytest.raises(ValueError, match='ask for fewer'): hold_out(dict(a=store), rows, context)
+        return
+    kept, held = hold_out(dict(a=store), rows, context)
+    first = sum(lengths[:enough[-1]])
+    assert len(kept['a']) == enough[-1] and kept['a'].read(0, kept['a'].size).tolist() == store.tokens[:first].tolist()
+    assert held['a']['input_ids'].shape == (rows, context) and held['a']['input_ids'].flatten().tolist() == store.tokens[first:first + rows * context].tolist()
 
 # ---- the stages
 

@@ -31,6 +31,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from ..model.transformer import Transformer
+
 # %% ../../nbs/39_train.checkpoint.ipynb #52d028d8
 def rng_state()->dict:
     "The random generators of Python, NumPy and PyTorch as JSON."
@@ -216,8 +218,10 @@ def restore(
 def gathered(
     model,   # as `train` leaves it; every process calls this
 ):           # the same with whole weights, on the main process; None on the others if it was sharded
-    "The whole model, on one process."
+    "The whole model, on one process. ValueError for a sharded model that is no `Transformer`."
     if not any(isinstance(p, DTensor) for p in model.parameters()): return model
+    if not isinstance(model, Transformer): raise ValueError(f'a sharded {type(model).__name__} is not put together here: let every process call '
+        'weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and the first one model.save_pretrained(folder, state_dict=weights)')
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank(): return None
     with torch.device('meta'): whole = type(model)(model.config)

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'FREE', 'TrainSettings', 'lr_at', 'param_groups', 'make_optimizer', 'plain_lm_loss', 'ChunkedCrossEntropy',
-           'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share', 'own_rows',
-           'count_tokens', 'train_step', 'scale_gradients', 'is_spike', 'broken_rows', 'name_rows', 'cut_log',
-           'interrupt_flag', 'utilisation', 'account', 'hold_out', 'validate', 'make_accelerator', 'gather_bf16',
-           'train']
+           'chunked_cross_entropy', 'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share',
+           'own_rows', 'count_tokens', 'train_step', 'scale_gradients', 'is_spike', 'broken_rows', 'name_rows',
+           'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out', 'validate', 'check_compiler',
+           'make_accelerator', 'gather_bf16', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import json
 import math
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -25,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, broadcast_object_list, gather_object, set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -122,6 +124,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dh_ND, dw_VD = ctx.saved_tensors
         return (dh_ND * grad).to(ctx.dtypes[0]), (dw_VD * grad).to(ctx.dtypes[1]), None, None, None
 
+@torch.compiler.disable  # the number of targets differs from batch to batch: each would be compiled anew
+def chunked_cross_entropy(h_BTD, w_VD, targets_BT, chunk, dtype):
+    "`ChunkedCrossEntropy` of the positions that have a target."
+    keep_BT = targets_BT != -100
+    return ChunkedCrossEntropy.apply(h_BTD[keep_BT], w_VD, targets_BT[keep_BT], chunk, dtype)
+
 # %% ../../nbs/41_train.loop.ipynb #b40a6119
 def lm_loss(
     model,           # has `.hidden(input_ids_BT, position_ids_BT)` and `.lm_head`
@@ -130,11 +138,9 @@ def lm_loss(
 )->tuple:            # (sum of token losses, targets, {})
     "Next-token cross-entropy without the logits of the whole batch."
     h_BTD = model.hidden(batch['input_ids'], batch.get('position_ids'))
-    targets_BT, keep_BT = batch['labels'][:, 1:], batch['labels'][:, 1:] != -100
-    weight, device = model.lm_head.weight, h_BTD.device.type
+    targets_BT, weight, device = batch['labels'][:, 1:], model.lm_head.weight, h_BTD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    total = ChunkedCrossEntropy.apply(h_BTD[:, :-1][keep_BT], weight, targets_BT[keep_BT], chunk, dtype)
-    return total, keep_BT.sum(), {}
+    return chunked_cross_entropy(h_BTD[:, :-1], weight, targets_BT, chunk, dtype), (targets_BT != -100).sum(), {}
 
 # %% ../../nbs/41_train.loop.ipynb #eed5045b
 def cpu_vendor()->str:  # 'GenuineIntel', 'AuthenticAMD', ...; empty where the system does not say
@@ -359,6 +365,15 @@ def validate(
     set_rng_state(generators)
     return losses
 
+# %% ../../nbs/41_train.loop.ipynb #a3f29b58
+def check_compiler(
+    device,   # torch.device that a compiled model will run on
+):
+    "ValueError if `torch.compile` would find no C++ compiler where it needs one."
+    name = os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')  # what torch.compile takes
+    if device.type == 'cpu' and not shutil.which(name): raise ValueError(
+        f'launched with dynamo backend inductor, which compiles C++ on a CPU, and there is no {name}: install it, name another C++ compiler in the environment variable CXX, or launch without')
+
 # %% ../../nbs/41_train.loop.ipynb #e2b72de4
 def make_accelerator(
     settings:TrainSettings,
@@ -370,6 +385,8 @@ def make_accelerator(
     if set(wanted) - set(known): raise ValueError(f"tracker {settings.tracker!r} is not installed: choose {', '.join([*known, 'none'])}, or install it")
     accelerator = Accelerator(log_with=wanted or None, project_dir=str(out_dir))
     state = accelerator.state
+    if (launched := int(os.environ.get('WORLD_SIZE', 1))) != accelerator.num_processes: raise ValueError(f'{launched} processes were launched and each takes itself for the only one: make an Accelerator() before anything asks for a PartialState()')
+    if state.dynamo_plugin.backend == DynamoBackend.INDUCTOR: check_compiler(accelerator.device)
     if state.distributed_type == DistributedType.DEEPSPEED: raise ValueError('DeepSpeed takes the update out of the loop: launch with phi4_ref/configs/accelerate/fsdp2.yaml, which shards the same')
     if accelerator.mixed_precision not in ('no', 'bf16'): raise ValueError(f'launched with mixed precision {accelerator.mixed_precision!r}: launch without, and set precision')
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get('ACCELERATE_USE_FSDP') == 'true':
