@@ -6,7 +6,7 @@
 First on trees whose truth is known: recall of the true pivots of the trajectories (a change of p(success) of 0.2 or more), share of false ones among those reported, tokens for each true pivot reported.
 Then on a model: the fine-tuned toy of a run, or any causal LM with questions. The fixed procedure is what published searches do: 50 fresh samples for p(success) at every prefix that is looked at,
 segments halved by length, one prefix a call, the band's estimate not used again, the likeliest nine other tokens tried with 50 new samples each until one differs by 0.2. Pairs of all procedures then pass the same test on
-fresh rollouts (`post.pts.confirm`, margin 0.1 or as the row says, false discovery rate 5%; its tokens count for ours, and not for the fixed procedure), and tokens and seconds are divided by the pairs that pass.
+fresh rollouts (`post.pts.confirm`, margin 0.05 or as the row says, false discovery rate 5%; its tokens count for ours, and not for the fixed procedure), and tokens and seconds are divided by the pairs that pass.
 """
 import argparse, json, platform, random, time
 from collections import Counter
@@ -19,7 +19,7 @@ import torch
 from phi4_ref.post import pts
 
 NUMBERS = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: ' '.join(map(str, ids)))
-P_GAP, FIXED, MARGIN, BAND = .2, 50, .1, (.2, .8)
+P_GAP, FIXED, MARGIN, BAND = .2, 50, .05, (.2, .8)
 
 
 def fixed_search(questions, prompts, sampler, tokenizer, oracle, max_total, seed=0):
@@ -70,7 +70,7 @@ def random_tree(rng, depth):
 
 def known_truth(n, seeds):
     print(f'{n} trees, {seeds} seeds' + f'\n{"":34} {"pairs":>6} {"recall":>7} {"< 0.1":>7} {"< 0.2":>7} {"tokens / pair >= 0.1":>21}')
-    arms = {'fixed 50, bisection': None, 'ours, bisection, not confirmed': dict(n_fresh=0), 'ours, bisection': dict(n_fresh=60), 'ours, bisection, margin 0': dict(n_fresh=40, margin=0.), 'ours, 8 segments': dict(n_fresh=60, segments=8), 'ours, every token': dict(n_fresh=60, segments='complete')}
+    arms = {'fixed 50, bisection': None, 'ours, bisection, not confirmed': dict(n_fresh=0), 'ours, bisection': dict(n_fresh=40), 'ours, bisection, margin 0': dict(n_fresh=40, margin=0.), 'ours, 8 segments': dict(n_fresh=40, segments=8), 'ours, every token': dict(n_fresh=40, segments='complete')}
     sums = {name: [0] * 6 for name in arms}  # pairs, true pivots, found of them, below the margin, below p_gap, tokens
     for seed in range(seeds):
         rng, trees = random.Random(seed), {}
@@ -146,7 +146,7 @@ def on_model(args):
     few = max(1, len(questions) // 10)
     (_, part), seconds = timed(lambda: fixed_search(questions[:few], prompts[:few], generate_sampler(peer, tokenizer, stops), tokenizer, answer_oracle, args.max_total))
     results[f'fixed 50, generate (speed of {few})'] = len(found), results['fixed 50, our engine'][1], totals['generated_tokens'], totals['generated_tokens'] * seconds / part['generated_tokens']
-    for name, settings in {'ours, bisection': dict(n_fresh=60), 'ours, bisection, margin 0': dict(n_fresh=40, margin=0.), 'ours, every token': dict(n_fresh=60, segments='complete')}.items():
+    for name, settings in {'ours, bisection': dict(n_fresh=40), 'ours, bisection, margin 0': dict(n_fresh=40, margin=0.), 'ours, every token': dict(n_fresh=40, segments='complete')}.items():
         (pairs, _, counts), seconds = timed(lambda: our_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, n_samples=args.samples, filter_samples=args.samples, **settings))
         results[name] = counts['candidates'], len(pairs), counts['generated_tokens'], seconds
         print(name, {k: counts[k] for k in ('in_band', 'tokens', 'eligible_tokens', 'candidates', 'pairs', 'null_pairs', 'confirming_tokens', 'generated_tokens')})
