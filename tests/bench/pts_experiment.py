@@ -31,7 +31,7 @@ from phi4_ref.universe import make_problems, stream
 from phi4_ref.world import CHAT_WAYS, World, problem_row
 
 ARMS = dict(sft='SFT', dpo='pivotal DPO', dpo_shuffled='pivotal, labels shuffled', dpo_full='whole answers, same compute', final='pivotal, then judge')
-SEARCH = dict(n_samples=12, filter_samples=12, n_fresh=60)  # of another model; a toy run has its own
+SEARCH = dict(n_samples=12, filter_samples=12, n_fresh=60, margin=.1)  # of another model; a toy run has its own
 
 
 def open_model(folder):
