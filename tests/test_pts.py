@@ -217,6 +217,19 @@ def test_where_tokens_do_not_matter_nothing_is_confirmed():
         assert len(pairs) <= 2 and counts['null_pairs'] <= 1
 
 
+def test_a_whole_search_on_nothing_confirms_next_to_nothing():
+    trees, settings = forest(300, seed=8), dict(n_samples=12, filter_samples=12, n_fresh=40)
+    questions, prompts, sampler = [dict(id=f'q{i}') for i in trees], [[i] for i in trees], pts.tree_sampler(trees)
+    pairs, trajectories, counts = pts.search(questions, prompts, sampler, NUMBERS, ends_in_1, max_total=20, **settings)
+    null = pts.null_search(questions, prompts, trajectories, sampler, NUMBERS, max_total=20, **settings)
+    assert null['in_band'] == counts['in_band'] < len(trees), 'every question that was searched, and no other'
+    assert null['candidates'] > 10 and null['pairs'] <= .05 * len(pairs) + 1
+    assert pts.null_search(questions, prompts, trajectories, sampler, NUMBERS, max_total=20, **settings) == null
+    chance, (t, *_) = pts.chance_oracle(trajectories), trajectories
+    n, k = t['estimates'][0][1:]
+    assert abs(sum(chance(dict(id=t['question_id']), '') for _ in range(2000)) / 2000 - k / n) < .05
+
+
 def test_pivots_that_cancel_are_found_by_more_segments():
     case = lambda: pts.Case(dict(id='q'), [0], [10, 30, 1], [math.log(.5)] * 3, False, memo={0: (4, 2), 1: (4, 3), 2: (4, 2), 3: (4, 2)})
     whole, every = case(), case()

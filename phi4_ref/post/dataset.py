@@ -21,7 +21,7 @@ import yaml
 from ..data.collect import as_question, stream_rows
 from ..model.generate import logprobs
 from ..model.tokenizer import text_ids
-from .pts import model_sampler, search, stored
+from .pts import model_sampler, null_search, search, stored
 from .statistics import wilson
 
 # %% ../../nbs/55_post.dataset.ipynb #55f51627
@@ -73,6 +73,7 @@ def card(
     head = yaml.safe_dump(dict(tags=['pivotal-token-search', 'dpo', 'preference'], configs=[dict(config_name='default', data_files='pairs.parquet', default=True), dict(config_name='trl', data_files='trl.parquet')]), sort_keys=False)
     lines = lambda values: '\n'.join(f'| {k} | {v:g} |' if isinstance(v, float) else f'| {k} | {v:,} |' if isinstance(v, int) else f'| {k} | {v} |' for k, v in values.items() if v is not None)
     tested = (f"Each pair was found on some rollouts and confirmed on fresh ones (exact test, false discovery rate {settings['fdr']:.0%}). With the verdicts shuffled, {counts['null_pairs']:.1f} pairs would have passed."
+              + (f" The whole search on verdicts by chance proposed {counts['null_search_candidates']} and confirmed {counts['null_search_pairs']}." if 'null_search_pairs' in counts else '')
               if settings['n_fresh'] else 'The pairs were not confirmed on fresh rollouts: some of them are chance (set `--fresh`).')
     return (f"---\n{head}---\n# Pivotal token pairs of {about['model_id']}\n\nSingle-token preference pairs by pivotal token search (phi-4 technical report, arXiv 2412.08905, section 4.3), made with phi4_ref. {tested}\n\n"
             f"The token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`) are exact. The strings are for reading and for trainers that take only text: tokenised again, a pivot may merge with its neighbours, and a trainer that appends an end-of-text token trains stopping as well.\n\n"
@@ -113,6 +114,7 @@ def pts_dataset(
     model_id:str, dataset_id:str, # for the rows and the card
     max_total:int=512, temperature:float=1., top_p:float=1., # sampling policy; max_total: prompt and completion together, tokens
     sampler=None,         # another engine, as `search` takes it; None: our own on `model`
+    null:bool=False,      # search once more with verdicts by chance, and report what that finds
     **settings            # of `search`
 )->dict:                  # its counts
     "Search, and leave a data set in a directory (phi-4 §4.3)."
@@ -120,8 +122,10 @@ def pts_dataset(
     ends = end_ids(model, tokenizer)
     policy = f'weights {weights_id(model)}, ends {ends}, temperature {temperature}, top_p {top_p}'
     sampler = stored(sampler or model_sampler(model, ends, temperature, top_p), Path(out)/'rollouts.sqlite', policy)
-    pairs, _, counts = search(questions, [question_ids(tokenizer, q['question']) for q in questions], sampler, tokenizer, max_total=max_total, **settings)
+    prompts = [question_ids(tokenizer, q['question']) for q in questions]
+    pairs, trajectories, counts = search(questions, prompts, sampler, tokenizer, max_total=max_total, **settings)
     if not pairs: raise ValueError(f'no pivotal pairs in {len(questions)} questions ({counts["in_band"]} in the band, {counts["candidates"]} candidates): give more questions, of middling difficulty for the model; rollouts are kept in {out}')
+    if null: counts |= {f'null_search_{k}': v for k, v in null_search(questions, prompts, trajectories, sampler, tokenizer, max_total=max_total, **settings).items() if k in ('candidates', 'pairs')}
     about = dict(model_id=model_id, dataset_id=dataset_id, task_type=questions[0]['kind'], timestamp=datetime.now(timezone.utc).isoformat(timespec='seconds'), temperature=temperature, top_p=top_p, max_total=max_total)
     asked = {q['id']: q['question'] for q in questions}
     rows = [flat_row(r, asked[r['meta']['question_id']], ref, about) for r, ref in zip(pairs, reference_logprobs(model, pairs))]

@@ -7,8 +7,8 @@ __all__ = ['MIN_SEEN', 'LOOKS', 'SHUFFLES', 'tree_success', 'tree_at', 'tree_sam
            'pivotal_positions', 'certified', 'Case', 'rollout_seed', 'Sampling', 'sample_and_grade', 'draw',
            'start_cases', 'ratio', 'draw_trajectories', 'estimate', 'first_segments', 'subdivide_cases', 'pair_at',
            'preference', 'two_samples', 'confirm', 'rising', 'verdict', 'look_p_value', 'null_p_values', 'passing',
-           'stored', 'whole_answers', 'full_length_pairs', 'search_chunk', 'search', 'confirmed', 'model_sampler',
-           'trace', 'figure3', 'token_grid', 'draw_token']
+           'stored', 'whole_answers', 'full_length_pairs', 'search_chunk', 'search', 'confirmed', 'chance_oracle',
+           'null_search', 'model_sampler', 'trace', 'figure3', 'token_grid', 'draw_token']
 
 # %% ../../nbs/51_post.pts.ipynb #61f2c53c
 import hashlib
@@ -470,7 +470,7 @@ def search(
     segments:int|str=1,      # parts of a trajectory that the search begins with; 'complete': every token
     split:str='surprisal',   # how segments are halved; 'length' for comparison
     n_fresh:int=0,           # most fresh rollouts per candidate in `confirm`; 0: candidates are not tested
-    margin:float=None,       # change that a confirmed pivot must exceed; None: a quarter of p_gap
+    margin:float=None,       # change that a confirmed pivot must exceed; None: a third of p_gap
     fdr:float=.05,           # false discovery rate among the confirmed, 0..1
     seed:int=0,
     chunk_size:int=50        # questions searched together
@@ -484,7 +484,7 @@ def search(
     pairs, verdicts, rows, counts, sampling = [], [], [], Counter(), Sampling(sampler, tokenizer, oracle, max_total, seed)
     for start in tqdm(range(0, len(questions), chunk_size), desc='pts', unit='chunk', delay=2, leave=False):
         chunk = search_chunk(questions[start:start + chunk_size], prompts[start:start + chunk_size], sampling, n_samples, filter_samples, trajectories,
-                             p_gap, band, segments, split, n_fresh, p_gap / 4 if margin is None else margin, fdr)
+                             p_gap, band, segments, split, n_fresh, p_gap / 3 if margin is None else margin, fdr)
         for total, part in zip((pairs, verdicts, rows), chunk): total += part
         counts.update(chunk[3])
     if n_fresh: pairs, counts['null_pairs'] = confirmed(pairs, verdicts, fdr, seed)
@@ -496,6 +496,27 @@ def confirmed(
     "Keep what passes the false discovery rate; the tests go into `meta`."
     q, null = passing(verdicts, fdr, seed)
     return [r | dict(meta=r['meta'] | {k: x for k, x in v.items() if k not in ('side', 'share')} | dict(q_value=x)) for r, v, x in zip(pairs, verdicts, q) if x <= fdr], null
+
+# %% ../../nbs/51_post.pts.ipynb #5a9c01e2
+def chance_oracle(
+    trajectories:list[dict], # of a search
+    seed:int=0
+):                           # oracle(question row, completion text) -> bool
+    "An oracle under which no token matters: right as often as each searched question was."
+    rate = {t['question_id']: t['estimates'][0][2] / t['estimates'][0][1] for t in trajectories}
+    rng = {i: random.Random(f'{seed} {i}') for i in rate}
+    def chance(question, text): return rng[question['id']].random() < rate[question['id']]
+    return chance
+
+def null_search(
+    questions:list[dict], prompts:list[list[int]], # as for `search`
+    trajectories:list[dict],                       # of a search of them
+    sampler, tokenizer, **settings                 # of that search
+)->dict:                                           # its counts: candidates and pairs that chance alone makes
+    "The same search of the same questions, with verdicts that say nothing."
+    searched = {t['question_id'] for t in trajectories}
+    kept = [(q, p) for q, p in zip(questions, prompts, strict=True) if q['id'] in searched]
+    return search(*map(list, zip(*kept)), sampler, tokenizer, **settings | dict(oracle=chance_oracle(trajectories, settings.get('seed', 0)), band=(0., 1.)))[2]
 
 # %% ../../nbs/51_post.pts.ipynb #641b06a2
 def model_sampler(
