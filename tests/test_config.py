@@ -1,14 +1,16 @@
 "The configuration: what is refused and how it says so, that every field is read, that the paper's settings are the paper's."
 import json
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 
 from phi4_ref import paper, run
-from phi4_ref.config import CONFIGS, Config, Files, FilesSource, Model, Section, WorldSource, load_config, override, parse_value
+from phi4_ref.config import CONFIGS, Config, Files, FilesSource, Model, PivotalDPO, Section, WorldSource, load_config, override, parse_value
 from phi4_ref.model.transformer import ModelConfig, Transformer
+from phi4_ref.post.dpo import LOSSES
 from phi4_ref.world import World
 from record_reads import recording
 
@@ -53,6 +55,18 @@ REFUSED = {
     "curate.min_quality=6": "toy.yaml: curate.min_quality: Input should be less than or equal to 5 (got 6)",
     "synth.votes=2": "toy.yaml: synth.votes: Input should be greater than or equal to 3 (got 2)",
     "dpo.refusal_fraction=1": "toy.yaml: dpo.refusal_fraction: Input should be less than 1 (got 1)",
+    "dpo.loss=ppo": "toy.yaml: dpo.loss: Input should be 'sigmoid', 'ipo', 'cdpo', 'robust' or 'simpo' (got 'ppo')",
+    "dpo.label_smoothing=high": "toy.yaml: dpo.label_smoothing: Input should be 'measured', or Input should be a valid number, unable to parse string as a number (got 'high')",
+    "dpo.label_smoothing=0.1": "toy.yaml: dpo: label_smoothing 0.1 is for the losses cdpo and robust, and loss is sigmoid",
+    "judge.gamma=2": "toy.yaml: judge: gamma 2.0 is for the loss simpo, and loss is sigmoid",
+    "judge.rows=pair": "toy.yaml: judge.rows: unknown key; known keys: batch_size",
+    "dpo.counts.maths=3": "toy.yaml: dpo.counts.maths: Input should be 'pts' or 'refusal' (got 'maths')",
+    "dpo.counts={pts: 90, refusal: 10}": "toy.yaml: dpo: counts says how many refusal pairs, and so does refusal_fraction 0.05: set it to 0, or leave refusal out of counts",
+    "judge.counts={pts: 90}": "toy.yaml: judge.counts.pts: Input should be 'judge_accuracy', 'judge_overall' or 'refusal'",
+    "judge.models=[teacher, gpt]": "toy.yaml: judge.models.1: Input should be 'teacher', 'sft' or 'dpo' (got 'gpt')",
+    "judge.models=[]": "toy.yaml: judge.models: List should have at least 1 item",
+    "judge.orders=3": "toy.yaml: judge.orders: Input should be 1 or 2 (got 3)",
+    "judge.other_models=[gpt-4o]": "judge.other_models ['gpt-4o'] cannot answer: teacher.kind 'world' serves one teacher",
     "model.hidden_size=190": "toy.yaml: model: hidden_size 190 must be an even multiple of num_attention_heads 4",
     "model.num_key_value_heads=3": "toy.yaml: model: num_attention_heads 4 must be a multiple of num_key_value_heads 3",
     "pretrain.tokens=100": "toy.yaml: pretrain: tokens 100 is less than one step of batch_size 8 x context 256",
@@ -101,6 +115,16 @@ def test_files_that_are_missing():
 def test_every_problem_is_listed_at_once():
     with pytest.raises(ValueError) as refused: load_config("toy", ["pretrain.lrr=1", "seed=-1", "collect.pages=0"])
     assert len(str(refused.value).splitlines()) == 3
+
+
+def test_one_line_for_a_field_that_may_be_several_things():
+    with pytest.raises(ValueError) as refused: load_config("toy", ["pts.segments=some", "dpo.label_smoothing=0.5"])
+    assert len(str(refused.value).splitlines()) == 2 and "literal[" not in str(refused.value) and "constrained" not in str(refused.value)
+
+
+def test_the_losses_are_those_that_there_are():
+    assert get_args(PivotalDPO.model_fields["loss"].annotation) == tuple(LOSSES) and PivotalDPO.model_fields["loss"].default == "sigmoid"
+    for loss, more in (("cdpo", "dpo.label_smoothing=0.1"), ("robust", "dpo.label_smoothing=0"), ("simpo", "dpo.gamma=2"), ("ipo", "dpo.nll_weight=0.1")): load_config("toy", [f"dpo.loss={loss}", more])
 
 
 def test_values_read_as_numbers_first():
@@ -217,7 +241,8 @@ def test_phi4_14b_is_the_papers():
     assert big.midtrain.long_tokens == paper.MIDTRAINING["long_over"] and big.midtrain.lr == pytest.approx(paper.MIDTRAINING["lr_ratio"] * big.pretrain.lr)
     assert (big.sft.lr, big.sft.tokens) == (paper.SFT["lr"], paper.SFT["tokens"])
     assert (big.pts.low, big.pts.high) == (paper.PTS["p_min"], paper.PTS["p_max"])
-    for section in (big.dpo, big.judge): assert paper.DPO["safety_fraction_min"] <= section.refusal_fraction <= paper.DPO["safety_fraction_max"] and section.kl_weight == 0
+    for section in (big.dpo, big.judge): assert paper.DPO["safety_fraction_min"] <= section.refusal_fraction <= paper.DPO["safety_fraction_max"] and (section.kl_weight, section.loss, section.lora_rank, section.nll_weight) == (0, "sigmoid", 0, 0)
+    assert big.judge.counts == {f"judge_{kind}": paper.TABLE_8[f"any-vs-any {kind}"] for kind in ("accuracy", "overall")}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,14 +2,18 @@
 import copy
 import json
 import math
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
+from phi4_ref import records, run
+from phi4_ref.config import load_config
 from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.model.transformer import ModelConfig, Transformer
 from phi4_ref.paper import TABLE_7
@@ -274,6 +278,25 @@ def test_logits_in_chunks_change_nothing_and_are_never_all_there(single, monkeyp
     assert max(seen) <= 64 * 5 < at_once
 
 
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('kind', ['token', 'full'])
+def test_rows_of_like_length_together_change_nothing_and_compute_less(name, kind, monkeypatch):
+    model, ref, pairs = dpo.without_dropout(MODELS[name]()), dpo.without_dropout(MODELS[name](1)), some_pairs(13) + some_pairs(8, seed=1, single=False)
+    pairs = pairs[:13] if kind == 'token' else pairs[13:]
+    batch, loss, seen = dpo.PairBatches(pairs, [.1] * len(pairs), len(pairs), 1, kind=kind).batch(0), dpo.preference_loss(.3, ref, **ALL_TERMS), []
+    plain = dpo.hidden
+    monkeypatch.setattr(dpo, 'hidden', lambda model, ids: (seen.append(ids.numel()), plain(model, ids))[1])
+    grads, tokens = {}, {}
+    for rows_together in (1, 2, dpo.GROUP, 99):
+        monkeypatch.setattr(dpo, 'GROUP', rows_together)
+        grads[rows_together], tokens[rows_together] = gradient(model, loss, batch), sum(seen)
+        seen.clear()
+    whole = grads[99]
+    assert all(torch.allclose(g, whole, rtol=1e-4, atol=2e-6 * whole.abs().max()) for g in grads.values()) and whole.abs().max() > .01
+    assert sorted(tokens, key=tokens.get) == [1, 2, 8, 99]
+    if kind == 'token': assert tokens[1] == 2 * sum(len(r['prompt_ids']) for r in pairs)  # policy and reference, no padding at all
+
+
 def test_label_noise_is_the_beta_probability():
     from scipy.integrate import quad
     from scipy.stats import beta
@@ -287,11 +310,14 @@ def test_each_pair_is_smoothed_by_its_own_counts(tmp_path, monkeypatch):
     pairs, seen = some_pairs(3), {}
     pairs[0]['meta'], pairs[1]['meta'] = (dict(n_chosen=10, k_chosen=k, n_rejected=10, k_rejected=5) for k in (9, 6))
     monkeypatch.setattr(dpo, 'train', lambda model, batches, *args, loss: seen.update(batch=batches.batch(0)))
-    dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, loss='cdpo', label_smoothing=.07, batch_size=3)
-    of = dict(zip(seen['batch']['chosen'].flatten().tolist(), seen['batch']['label_smoothing'].flatten().tolist()))
-    assert [of[r['chosen_ids'][0]] for r in pairs] == pytest.approx([dpo.label_noise(10, 9, 10, 5), dpo.label_noise(10, 6, 10, 5), .07])
+    def smoothed(**kw):
+        dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, batch_size=3, **kw)
+        of = dict(zip(seen['batch']['chosen'].flatten().tolist(), seen['batch']['label_smoothing'].flatten().tolist()))
+        return [of[r['chosen_ids'][0]] for r in pairs]
+    assert smoothed(loss='cdpo') == pytest.approx([dpo.label_noise(10, 9, 10, 5), dpo.label_noise(10, 6, 10, 5), 0.])  # no counts: taken at its word
+    assert smoothed(loss='robust', label_smoothing=.07) == pytest.approx([.07] * 3)
     pairs[2]['meta'] = dict(n_chosen=1, k_chosen=1, n_rejected=60, k_rejected=58)
-    with pytest.raises(ValueError, match='leave the pair out'): dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-3), tmp_path, loss='robust')
+    with pytest.raises(ValueError, match='leave the pair out or set label_smoothing'): smoothed(loss='robust')
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -365,9 +391,82 @@ def test_mixture_by_counts():
     assert len({(r['source'], r['i']) for r in mixed}) == 1000 and mixed == dpo.mixture(sources, TABLE_7, size=1000, seed=1) != dpo.mixture(sources, TABLE_7, size=1000, seed=2)
     assert Counter(r['source'] for r in dpo.mixture(sources, {k: len(v) for k, v in sources.items()})) == {k: len(v) for k, v in sources.items()}
     with pytest.raises(ValueError, match='math has 765 rows of 76552') as e: dpo.mixture(sources, TABLE_7)
-    largest = int(str(e.value).split('size=')[1].split()[0])
-    assert abs(len(dpo.mixture(sources, TABLE_7, size=largest - 5)) - largest) <= 5
+    largest = dpo.largest_mixture(sources, TABLE_7)
+    assert f'size={largest} is the largest' in str(e.value) and len(dpo.mixture(sources, TABLE_7, size=largest)) == largest
+    with pytest.raises(ValueError, match='more than there is'): dpo.mixture(sources, TABLE_7, size=largest + 200)
     with pytest.raises(ValueError, match='same names'): dpo.mixture(dict(math=[]), TABLE_7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=4))
+def test_the_largest_mixture_can_always_be_drawn(rows):
+    sources, counts = ({i: [i] * r[0] for i, r in enumerate(rows)}, {i: r[1] for i, r in enumerate(rows)})
+    largest = dpo.largest_mixture(sources, counts)
+    assert largest >= 1 and len(dpo.mixture(sources, counts, largest)) == largest
+
+
+# --- in a run ----------------------------------------------------------------------------------------------------------------
+
+def dpo_stage(tiny_run, out, *changes, name='dpo', config=None):
+    "A stage of stage 1 of the unbroken tiny run, with other settings: its counts, its log and its checkpoint."
+    stage, config = next(s for s in run.STAGES if s.name == name), load_config(config or tiny_run/'config.yaml', list(changes))
+    counts = stage.make(stage.view(config), {i: tiny_run/i for i in stage.inputs}, out)
+    return counts, [json.loads(line) for line in (out/'log.jsonl').read_text().splitlines()], run.open_checkpoint(out)[0].state_dict()
+
+
+@pytest.fixture(scope='module')
+def started(tiny_run): return run.open_checkpoint(tiny_run/'sft')[0].state_dict()
+
+
+FIRST = dict(sigmoid=math.log(2), ipo=25., cdpo=math.log(2), robust=math.log(2))  # at no gain and beta 0.1
+
+@pytest.mark.parametrize('loss', dpo.LOSSES)
+def test_a_run_trains_with_each_loss(tiny_run, tmp_path, started, loss):
+    counts, log, weights = dpo_stage(tiny_run, tmp_path/'out', f'dpo.loss={loss}', 'dpo.kl_weight=0')
+    if loss in FIRST: assert log[0]['loss'] == pytest.approx(FIRST[loss], rel=1e-4)
+    assert all(math.isfinite(r['loss']) for r in log) and counts['pairs'] > 0 and any(not torch.equal(v, started[k]) for k, v in weights.items())
+    if loss == 'simpo': assert log[0]['loss'] != dpo_stage(tiny_run, tmp_path/'gamma', 'dpo.loss=simpo', 'dpo.gamma=3', 'dpo.kl_weight=0')[1][0]['loss']
+
+
+def test_the_defaults_of_a_run_are_the_papers_loss_and_each_setting_is_heard(tiny_run, tmp_path):
+    plain = run.open_checkpoint(tiny_run/'dpo')[0].state_dict()
+    same = lambda out, *changes, **kw: all(torch.equal(v, plain[k]) for k, v in dpo_stage(tiny_run, tmp_path/out, *changes, **kw)[2].items())
+    assert same('again') and same('sigmoid', 'dpo.loss=sigmoid') and same('no smoothing', 'dpo.loss=cdpo', 'dpo.label_smoothing=0')
+    for i, changes in enumerate([['dpo.loss=cdpo'], ['dpo.loss=cdpo', 'dpo.label_smoothing=0.3'], ['dpo.nll_weight=0.5'], ['dpo.counts.pts=9'], ['dpo.beta=0.5']]): assert not same(str(i), *changes), changes
+
+
+def test_a_run_counts_its_pairs_by_source(tiny_run, tmp_path):
+    pairs, section = [dict(source='pts', i=i) for i in range(90)], load_config('toy').dpo
+    records.save(tmp_path/'refusal_pairs.parquet', [r | dict(source='refusal') for r in some_pairs(40)], records.PREFERENCE)
+    mixed = lambda **more: Counter(r['source'] for r in run.mixed(pairs, dict(sft_data=tmp_path), section.model_copy(update=more), 0))
+    assert mixed() == dict(pts=90, refusal=5) and mixed(counts=dict(pts=60)) == dict(pts=60, refusal=3)
+    assert mixed(counts=dict(pts=60, refusal=12), refusal_fraction=0.) == dict(pts=60, refusal=12)
+    assert mixed(counts=dict(pts=6000, refusal=1200), refusal_fraction=0.) == dict(pts=90, refusal=18)  # fewer than wished: in proportion
+    with pytest.raises(ValueError, match='source judge_overall, and this run has none'): mixed(counts=dict(judge_overall=3, pts=4))
+
+
+def test_trajectories_in_a_run_read_fewer_tokens_for_the_same_pairs(tiny_run, tmp_path):
+    pairs = on_trajectories()
+    records.save(tmp_path/'pts/pairs.parquet', pairs, records.PREFERENCE)
+    for part in ('sft_data', 'sft'): (tmp_path/part).symlink_to(tiny_run/part)
+    logs = {rows: dpo_stage(tmp_path, tmp_path/rows, f'dpo.rows={rows}', 'dpo.epochs=1', f'dpo.batch_size={size}', 'dpo.refusal_fraction=0', config=tiny_run/'config.yaml')[1] for rows, size in (('pair', len(pairs)), ('trajectory', 5))}
+    assert [len(log) for log in logs.values()] == [1, 1] and logs['pair'][0]['targets'] == logs['trajectory'][0]['targets'] == len(pairs)
+    assert logs['trajectory'][0]['tokens'] < logs['pair'][0]['tokens'] and logs['pair'][0]['grad_norm'] == pytest.approx(logs['trajectory'][0]['grad_norm'], rel=1e-4)
+    assert [run.pair_tokens(pairs, kind) for kind in ('token', 'trajectory')] == [sum(len(r['prompt_ids']) for r in pairs), sum(len(pairs[row[-1]]['prompt_ids']) for row in dpo.trajectories(pairs))]
+
+
+@needs_peft
+def test_adapters_in_a_run_leave_an_ordinary_checkpoint(tiny_run, tmp_path, started):
+    _, log, weights = dpo_stage(tiny_run, tmp_path/'out', 'dpo.lora_rank=2', 'dpo.lr=1e-2', 'dpo.epochs=4')
+    moved = {k for k, v in weights.items() if not torch.equal(v, started[k])}
+    assert set(weights) == set(started) and moved == {k for k in started if 'proj' in k} and log[0]['loss'] == pytest.approx(math.log(2), abs=1e-5)
+    again = dpo_stage(tiny_run, tmp_path/'again', 'dpo.lora_rank=2', 'dpo.lr=1e-2', 'dpo.epochs=4')[2]
+    assert all(torch.equal(v, again[k]) for k, v in weights.items())
+
+
+def test_adapters_without_peft_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    with pytest.raises(ValueError, match=r'lora_rank 4 needs peft: pip install phi4_ref\[peft\]'): run.with_adapter(tiny(), 4, 0)
 
 
 @pytest.mark.skipif(find_spec('trl') is None, reason='TRL is not installed: pip install phi4_ref[bench]')

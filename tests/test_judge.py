@@ -3,12 +3,16 @@ import json
 import random
 from itertools import permutations
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from phi4_ref import run
+from phi4_ref.config import load_config
 from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.post import judge
+from phi4_ref.records import load, load_json
 from phi4_ref.synth.llm import Stored
 from phi4_ref.train.sft import rejection_sample
 
@@ -127,6 +131,64 @@ def test_pairs_are_the_extremes_or_all_that_lead_far_enough(rows, gap):
     assert {(a['text'], b['text']) for _, a, b in first} <= set(said) and bool(first) == bool(every) and len(first) <= 2
     best, worst = max(rows, key=lambda r: (r['accuracy'], r['overall'])), min(rows, key=lambda r: (r['accuracy'], r['overall']))
     if leads('accuracy'): assert [(p[1][k], p[2][k]) for p in first[:1] for k in ('accuracy', 'overall')] == [(best[k], worst[k]) for k in ('accuracy', 'overall')]
+
+
+def test_pairs_that_turn_over_with_the_places_are_left_out_and_counted():
+    fair, partial = ((judge.judge_pairs([ASK] * 200, [REPLIES] * 200, Scripted(SCORES, bias=b), TOKENIZER, most=None, orders=2)) for b in (0, 2))
+    once = [judge.judge_pairs([ASK] * 200, [REPLIES] * 200, Scripted(SCORES, bias=b), TOKENIZER, most=None) for b in (0, 2)]
+    assert fair[0] == once[0][0] and (fair[1]['turned'], fair[1]['unconfirmed'], fair[1]['asked']) == (0, 0, 400) and 'turned' not in once[0][1]
+    wrong = lambda rows: sum(SCORES[r['chosen'].split('<')[0]][0] <= SCORES[r['rejected'].split('<')[0]][0] for r in rows if r['source'] == 'judge_accuracy')
+    assert wrong(once[1][0]) > 30 and wrong(partial[0]) == 0
+    assert partial[1]['turned'] == len(once[1][0]) - len(partial[0]) > 30 and {r['id'] for r in partial[0]} < {r['id'] for r in once[1][0]}
+    assert partial[1]['position_bias'] == once[1][1]['position_bias']
+
+
+def test_the_second_look_shows_the_same_replies_from_the_last_to_the_first():
+    llm = Scripted(SCORES)
+    judge.judge_pairs([ASK] * 9, [REPLIES] * 9, llm, TOKENIZER, seed=1, orders=2)
+    shown = [[prompt.rsplit(f'<reply_{i}>', 1)[1].split('</')[0].strip() for i in range(1, 5)] for prompt in llm.prompts]
+    assert shown[9:] == [order[::-1] for order in shown[:9]] and len({tuple(o) for o in shown}) > 3
+
+
+def test_an_even_or_a_malformed_second_verdict_confirms_nothing():
+    a, b = (dict(model='m', text=t, accuracy=s, overall=s) for t, s in (('good', 4.), ('poor', 2.)))
+    pair, again = ('accuracy', a, b), lambda x, y: [a | dict(accuracy=x), b | dict(accuracy=y)]
+    assert [judge.stands(pair, again(x, y)) for x, y in ((5, 1), (2, 2), (1, 2))] == [True, False, False]
+    assert judge.confirm([[pair]] * 3 + [[]], ([again(3, 1), again(2, 2), None, None], dict(asked=4))) == ([[pair], [], [], []], dict(asked=4, unconfirmed=1, turned=1))
+    rows, counts = judge.judge_pairs([ASK], [REPLIES], Late(SCORES), TOKENIZER, orders=2)
+    assert rows == [] and (counts['unconfirmed'], counts['turned'], counts['malformed'], counts['judged']) == (2, 0, 1, 1)
+
+
+class Late(Scripted):
+    "Sound once, then never again."
+    def chat(self, chats, **sampling): return super().chat(chats, **sampling) if self.calls < 1 else ['None of them.'] * len(chats)
+
+
+def judge_stage(tiny_run, out, *changes):
+    "The stage `judge` of the unbroken tiny run, with other settings."
+    stage = next(s for s in run.STAGES if s.name == 'judge')
+    run_config = load_config(tiny_run/'config.yaml', ['judge.refusal_fraction=0.5', *changes])
+    counts = stage.make(stage.view(run_config), {name: tiny_run/name for name in stage.inputs}, out)
+    return counts, load(out/'pairs.parquet'), load_json(out/'counts.json')
+
+
+def test_a_run_takes_replies_of_several_models_and_judges_twice(tiny_run, tmp_path):
+    _, before, _ = judge_stage(tiny_run, tmp_path/'plain', 'judge.refusal_fraction=0.05')
+    assert before == load(tiny_run/'judge/pairs.parquet')
+    _, pairs, counts = judge_stage(tiny_run, tmp_path/'three', 'judge.models=[teacher, sft, dpo]', 'judge.orders=2')
+    wrote = {r['meta'][f'{side}_model'] for r in pairs for side in ('chosen', 'rejected') if r['source'] != 'refusal'}
+    assert {'sft', 'dpo'} <= wrote and counts['asked'] > counts['prompts'] and 'turned' in counts
+    _, pairs, _ = judge_stage(tiny_run, tmp_path/'counted', 'judge.counts={judge_accuracy: 200, judge_overall: 100}', 'judge.refusal_fraction=0')
+    kinds = [r['source'] for r in pairs]
+    assert kinds.count('judge_overall') > 0 and abs(kinds.count('judge_accuracy') - 2 * kinds.count('judge_overall')) <= 2 and 'refusal' not in kinds
+
+
+def test_further_models_answer_where_the_teacher_is_served(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv('OPENAI_API_KEY', 'any')
+    remote = load_config('small', ['judge.other_models=[second, third]', 'judge.models=[teacher, dpo]', 'judge.samples=3'])
+    c = SimpleNamespace(seed=0, collect=remote.collect, teacher=remote.teacher, judge=remote.judge, compute={})
+    answering = run.answering(c, {'dpo': tiny_run/'dpo'}, tmp_path, run.make_teacher(c, None))
+    assert [(llm.name, n) for llm, n in answering] == [(remote.teacher.model, 1), ('dpo', 3), ('second', 1), ('third', 1)]
 
 
 def test_every_conversation_is_accounted_for():

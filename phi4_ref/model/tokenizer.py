@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PHI4_VOCAB', 'NAMED', 'PATTERN', 'CHAT_TEMPLATE', 'CL100K_PATTERN', 'CL100K_SHA256', 'CL100K_PLACES', 'ROLES',
            'special_tokens', 'byte_level', 'train_bpe', 'chat_tokenizer', 'train_tokenizer', 'last_merge',
-           'byte_letters', 'ranks_bpe', 'read_ranks', 'phi4_tokenizer', 'text_ids', 'turn_start', 'chat_example',
-           'chat_ids']
+           'byte_letters', 'ranks_bpe', 'read_ranks', 'phi4_tokenizer', 'text_ids', 'turn_frame', 'turn_start',
+           'chat_example', 'chat_ids']
 
 # %% ../../nbs/10_model.tokenizer.ipynb #66df04e9
 import base64, hashlib
@@ -142,22 +142,32 @@ def text_ids(
 # %% ../../nbs/10_model.tokenizer.ipynb #25c13261
 ROLES = ("system", "user", "assistant")
 
+def turn_frame(
+    tokenizer
+)->tuple[int, list[int], list[int]]:  # <|im_start|>; what follows the role; what follows <|im_end|>
+    "The ids around a turn: phi-4's, or plain ChatML's where there is no <|im_sep|>."
+    names = ["<|im_start|>", "<|im_end|>", "<|im_sep|>"]
+    start, end, sep = (None if i == tokenizer.unk_token_id else i for i in tokenizer.convert_tokens_to_ids(names))
+    if start is None or end is None: raise ValueError(f"this tokenizer has no {names[0] if start is None else names[1]}, so its chat format is not one that is known here: give a model of the ChatML family")
+    newline = text_ids(tokenizer, "\n")
+    return (start, newline, newline) if sep is None else (start, [sep], [])
+
 def turn_start(tokenizer, role:str)->list[int]:
     "<|im_start|>ROLE<|im_sep|>"
     if role not in ROLES: raise ValueError(f"role {role!r} is not one of {', '.join(ROLES)}")
-    start, sep = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_sep|>"])
-    return [start, *text_ids(tokenizer, role), sep]
+    start, after_role, _ = turn_frame(tokenizer)
+    return [start, *text_ids(tokenizer, role), *after_role]
 
 def chat_example(
     tokenizer,
     messages:list[dict],  # [{"role": "system" | "user" | "assistant", "content": str}, ...]
 )->tuple[list[int], list[int]]:  # ids, and a mask as long: 1 on the assistant's text and its <|im_end|>
     "A conversation to train on (phi-4 §4.1: chatml)."
-    end, ids, mask = tokenizer.convert_tokens_to_ids("<|im_end|>"), [], []
+    end, after_turn, ids, mask = tokenizer.convert_tokens_to_ids("<|im_end|>"), turn_frame(tokenizer)[2], [], []
     for message in messages:
         head, body = turn_start(tokenizer, message["role"]), [*text_ids(tokenizer, message["content"]), end]
-        ids += head + body
-        mask += [0] * len(head) + [int(message["role"] == "assistant")] * len(body)
+        ids += head + body + after_turn
+        mask += [0] * len(head) + [int(message["role"] == "assistant")] * len(body) + [0] * len(after_turn)
     return ids, mask
 
 # %% ../../nbs/10_model.tokenizer.ipynb #ed65c0f4

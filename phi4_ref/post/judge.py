@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGE', 'SCORES', 'LOW', 'HIGH', 'ModelChat', 'collect_replies', 'judge_prompt', 'parse_score', 'parse_scores',
-           'judge', 'choose_pairs', 'interval95', 'earnings', 'position_bias', 'place_means', 'opposed', 'pair_rows',
-           'judge_pairs', 'judge_scorer']
+           'judge', 'choose_pairs', 'stands', 'interval95', 'earnings', 'position_bias', 'place_means', 'opposed',
+           'pair_rows', 'confirm', 'judge_pairs', 'judge_scorer']
 
 # %% ../../nbs/53_post.judge.ipynb #3ec3394a
 import math
@@ -101,13 +101,15 @@ def judge(
     conversations:list[list[dict]], # each up to the user's last turn
     replies:list[list[dict]],       # per conversation [{model, text}]
     llm,                            # the judge
-    seed:int=0                      # of the order shown and of the judge
+    seed:int=0,                     # of the order shown and of the judge
+    turned:bool=False               # show each order from its end
 )->tuple[list[list[dict]|None], dict]: # replies with scores, faults and place (None: malformed, or nothing to compare), and counts
     "Score all replies to each conversation in one call, in an order shuffled by the seed (phi-4 App. A.2)."
     judged, counts = [None] * len(replies), dict(asked=0, retried=0, malformed=0)
     for n in sorted({len(r) for r in replies if len(r) > 1}):
         some = [i for i, r in enumerate(replies) if len(r) == n]
         orders = [random.Random(derive_seed(seed, 'order', i)).sample(range(n), n) for i in some]
+        if turned: orders = [order[::-1] for order in orders]
         prompts = [judge_prompt(conversations[i], [replies[i][k]['text'] for k in order]) for i, order in zip(some, orders)]
         values, asked = ask(llm, prompts, lambda reply: parse_scores(reply, n), max_tokens=512 + 256 * n, seed=seed)
         for k in counts: counts[k] += asked[k]
@@ -129,6 +131,16 @@ def choose_pairs(
         wide = [(a, b) for a in reversed(ranked) for b in ranked if a[first] > b[first] and a[first] - b[first] >= min_gap - 1e-9]
         pairs += [(first, *pair) for pair in sorted(wide, key=gap, reverse=True)[:most] if pair not in [p[1:] for p in pairs]]
     return pairs
+
+# %% ../../nbs/53_post.judge.ipynb #6535de77
+def stands(
+    pair:tuple,       # of `choose_pairs`
+    again:list[dict]  # the same replies with the scores of another verdict
+)->bool:
+    "Whether another verdict orders a pair the same way, by the pair's own rule."
+    kind, a, b = pair
+    score = {r['text']: r[kind] for r in again}
+    return score[a['text']] > score[b['text']]
 
 # %% ../../nbs/53_post.judge.ipynb #7be3f416
 def interval95(
@@ -193,6 +205,17 @@ def pair_rows(
                               meta=dict(chosen_model=a['model'], rejected_model=b['model'], **scores)))
     return rows
 
+# %% ../../nbs/53_post.judge.ipynb #b6935ea9
+def confirm(
+    found:list[list[tuple]], # pairs of each conversation, as from `choose_pairs`
+    second:tuple             # of `judge` with the places turned round
+)->tuple[list, dict]:        # the pairs that stand; counts
+    "Leave out what a second verdict does not say."
+    again, counts = second
+    kept = [[p for p in pairs if stands(p, scored)] if scored else [] for pairs, scored in zip(found, again)]
+    unconfirmed = sum(len(pairs) for pairs, scored in zip(found, again) if not scored)
+    return kept, counts | dict(unconfirmed=unconfirmed, turned=sum(map(len, found)) - sum(map(len, kept)) - unconfirmed)
+
 # %% ../../nbs/53_post.judge.ipynb #f6fa2ffd
 def judge_pairs(
     prompts:list[list[dict]], # conversations up to the user's last turn
@@ -201,16 +224,19 @@ def judge_pairs(
     tokenizer,                # with phi-4's chat tokens
     seed:int=0,
     *,
-    min_gap:float=0., most:int|None=1 # as in `choose_pairs`
+    min_gap:float=0., most:int|None=1, # as in `choose_pairs`
+    orders:int=1              # 2: judge also with the places turned round, and leave out pairs that do not stand
 )->tuple[list[dict], dict]:   # PREFERENCE rows over whole answers; counts, with what each place in the list earned
     "Judge-guided pairs for the second DPO stage (phi-4 §4.2, App. A.2, Table 8)."
     judged, counts = judge(prompts, replies, llm, seed)
-    chosen = [choose_pairs(scored, min_gap, most) if scored else [] for scored in judged]
+    found = [choose_pairs(scored, min_gap, most) if scored else [] for scored in judged]
+    chosen, left_out = confirm(found, judge(prompts, replies, llm, seed, turned=True)) if orders == 2 else (found, {})
     ties = [bool(scored) and not choose_pairs(scored) for scored in judged]
     rows = [row for i, pairs in enumerate(chosen) for row in pair_rows(tokenizer, prompts[i], pairs, f'judge-{i}')]
     kinds, scored = [r['source'] for r in rows], sum(s is not None for s in judged)
+    for k, v in left_out.items(): counts[k] = counts.get(k, 0) + v
     counts |= dict(prompts=len(prompts), judged=scored, alike=sum(len(r) < 2 for r in replies), ties=sum(ties),
-                   near_ties=scored - sum(ties) - sum(map(bool, chosen)), pairs=len(rows), accuracy_pairs=kinds.count('judge_accuracy'),
+                   near_ties=scored - sum(ties) - sum(map(bool, found)), pairs=len(rows), accuracy_pairs=kinds.count('judge_accuracy'),
                    overall_pairs=kinds.count('judge_overall'), opposed=sum(map(opposed, chosen)), overall_by_place=place_means(judged), position_bias=position_bias(judged))
     return rows, counts
 
