@@ -1,4 +1,5 @@
 "One process is two processes: the shipped launch configurations, on CPUs with gloo."
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from phi4_ref.config import CONFIGS
+from phi4_ref.train.loop import computes_bf16
 
 DRIVER = Path(__file__).parent/'processes_driver.py'
 SHIPPED = CONFIGS/'accelerate'
@@ -145,4 +147,8 @@ def test_the_command_under_accelerate(tiny_run, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     two, one = (from_pretrained(path/'pretrain').state_dict() for path in (folder, tiny_run))
     assert (folder/'pretrain'/'manifest.json').exists() and done.stdout.count('[1/1] pretrain') == 2  # begun and done, from one process
-    assert all(torch.allclose(v, two[k], atol=5e-2) for k, v in one.items())
+    # the rows of a step are added up in another order, so equal but for float32 rounding (6e-6 of the weights, 2e-7 of the losses in 48 steps); where a CPU computes in bfloat16, shards travel in it
+    bf16 = computes_bf16(torch.device('cpu'))
+    losses = [[json.loads(line)['loss'] for line in (path/'pretrain'/'log.jsonl').read_text().splitlines()] for path in (folder, tiny_run)]
+    assert np.allclose(*losses, rtol=1e-2 if bf16 else 1e-5, atol=0)
+    for k, v in one.items(): assert (v - two[k]).norm() <= (5e-2 if bf16 else 1e-4) * v.norm(), k

@@ -168,7 +168,7 @@ cli.report_mistakes(work)
 
 def test_how_the_model_is_computed_may_change_between_stages(tiny_run, tmp_path):
     folder = begun(tiny_run, tmp_path/"run", "midtrain")
-    status, out, err = phi4("sft", folder, "compute.activation_checkpointing=true", "compute.attention=sdpa")
+    status, out, err = phi4("sft", folder, "compute.activation_checkpointing=true", "compute.attention=eager")
     assert status == 0, err
     one, other = (open_checkpoint(path/"sft")[0].state_dict() for path in (tiny_run, folder))
     assert all(torch.allclose(one[k], other[k], atol=5e-3) for k in one) and any(not torch.equal(one[k], other[k]) for k in one)

@@ -120,7 +120,7 @@ def measure(size, rounds, each, out):
     pipes, start, speeds, peak = {}, {}, {name: [] for name in RUNS}, {}
     for name in RUNS:
         began, (pipes[name], theirs) = time.perf_counter(), torch.multiprocessing.Pipe()
-        torch.multiprocessing.get_context('spawn').Process(target=worker, args=(name, theirs, f'{out}/{name}', size, rounds * each + 4), daemon=True).start()
+        torch.multiprocessing.get_context('spawn').Process(target=worker, args=(name, theirs, f'{out}/{len(pipes)}', size, rounds * each + 4), daemon=True).start()
         theirs.close()  # so that a process that fails is an EOFError here, not a wait without end
         pipes[name].recv()  # the first step is made, the second may begin
         start[name] = time.perf_counter() - began
