@@ -203,6 +203,7 @@ def ablation_table(run, args):
     for name, change in VARIANTS.items():
         if isinstance(change, str): change = dict(n_samples=round(base['n_samples'] * dict(half=.5, double=2)[change]))
         pairs, trajectories, counts = pts.search(questions, prompts, sampler, tokenizer, max_total=max(map(len, prompts)) + 64, seed=0, **base | change)
+        if not rows: first = trajectories
         ids, right = score_after(run, f"{name.replace(' ', '-')}-{len(questions)}", pairs, 'token', settings, epochs, test) if pairs else ((), ())
         rows.append([name, counts['in_band'], counts['candidates'], len(pairs), f"{counts['generated_tokens']:,}", f"{counts['generated_tokens'] / max(1, len(pairs)):,.0f}", percent(mean_interval(right, ids)) if pairs else ''])
     return f'{len(questions)} questions.\n\n' + table(['', 'in the band', 'candidates', 'pairs', 'tokens generated', 'tokens a pair', 'accuracy at temperature 1 after training, %'], rows)
