@@ -206,6 +206,8 @@ def ablation_table(run, args):
         if not rows: first = trajectories
         ids, right = score_after(run, f"{name.replace(' ', '-')}-{len(questions)}", pairs, 'token', settings, epochs, test) if pairs else ((), ())
         rows.append([name, counts['in_band'], counts['candidates'], len(pairs), f"{counts['generated_tokens']:,}", f"{counts['generated_tokens'] / max(1, len(pairs)):,.0f}", percent(mean_interval(right, ids)) if pairs else ''])
+    null = pts.null_search(questions, prompts, first, sampler, tokenizer, max_total=max(map(len, prompts)) + 64, seed=0, **base)
+    rows.append(['verdicts by chance', null['in_band'], null['candidates'], null['pairs'], f"{null['generated_tokens']:,}", '', ''])
     return f'{len(questions)} questions.\n\n' + table(['', 'in the band', 'candidates', 'pairs', 'tokens generated', 'tokens a pair', 'accuracy at temperature 1 after training, %'], rows)
 
 
