@@ -153,6 +153,13 @@ def test_shuffled_labels_swap_half():
     assert sum(swapped) == 10 and turned == dpo.shuffle_labels(pairs, seed=3) != dpo.shuffle_labels(pairs, seed=4)
 
 
+def test_shuffled_labels_prefer_no_token():
+    pairs = [r | dict(chosen_ids=[1], rejected_ids=[2]) for r in some_pairs(41)] + [r | dict(chosen_ids=[2], rejected_ids=[1]) for r in some_pairs(10)] + some_pairs(6)
+    for seed in range(20):
+        wins = sum((r['chosen_ids'] == [1]) - (r['chosen_ids'] == [2]) for r in dpo.shuffle_labels(pairs, seed)[:51])
+        assert abs(wins) <= 2, 'one pair over for each order of the two'
+
+
 def test_mixture_fraction():
     assert len(dpo.mix([1] * 95, [2] * 50, .05)) == 100 and len(dpo.mix([1] * 95, [2] * 3, .05)) == 98
     with pytest.raises(ValueError, match='fraction=1'): dpo.mix([1], [2], 1)

@@ -451,9 +451,11 @@ def reference_margins(
 def shuffle_labels(
     pairs:list[dict], # PREFERENCE rows
     seed:int=0
-)->list[dict]:        # the same rows, chosen and rejected exchanged in half of them
-    "The control: pairs that say nothing."
-    swapped = set(random.Random(seed).sample(range(len(pairs)), len(pairs) // 2))
+)->list[dict]:        # the same rows, chosen and rejected exchanged in half of them, and in half of those of the same two tokens
+    "The control: pairs that say nothing, no token preferred to another on the whole."
+    kinds = {}  # (chosen, rejected) -> numbers of the pairs, in random order
+    for i in random.Random(seed).sample(range(len(pairs)), len(pairs)): kinds.setdefault((*pairs[i]['chosen_ids'], None, *pairs[i]['rejected_ids']), []).append(i)
+    swapped = set([i for group in kinds.values() for i in group][1::2])
     turn = lambda r: r | dict(chosen=r['rejected'], rejected=r['chosen'], chosen_ids=r['rejected_ids'], rejected_ids=r['chosen_ids'])
     return [turn(r) if i in swapped else r for i, r in enumerate(pairs)]
 
