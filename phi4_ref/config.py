@@ -349,7 +349,8 @@ def override(
         *sections, key = path.split(".")
         at = values
         for section in sections:
-            at = at.setdefault(section, {})
+            if at.get(section) is None: at[section] = {}
+            at = at[section]
             if not isinstance(at, dict): raise ValueError(f"cannot apply {change!r}: {section} is a value, not a section")
         try: at[key] = parse_value(text)
         except yaml.YAMLError as error: raise ValueError(f"cannot read the value of {change!r}: {error.problem}") from error

@@ -130,6 +130,7 @@ def test_the_losses_are_those_that_there_are():
 def test_values_read_as_numbers_first():
     assert [parse_value(t) for t in ("3e-4", "-2", "1e6", "[en, de]", "null", "runs/a")] == [3e-4, -2, 1e6, ["en", "de"], None, "runs/a"]
     assert override({}, ["a.b.c=1", "a.b.d=2"]) == {"a": {"b": {"c": 1, "d": 2}}}
+    assert override({"dpo": {"counts": None}}, ["dpo.counts.pts=9"]) == {"dpo": {"counts": {"pts": 9}}}  # as a written configuration has it
     assert load_config("toy", ["pretrain.tokens=1e6"]).pretrain.tokens == 1_000_000
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGE', 'SCORES', 'LOW', 'HIGH', 'ModelChat', 'collect_replies', 'judge_prompt', 'parse_score', 'parse_scores',
-           'judge', 'choose_pairs', 'stands', 'interval95', 'earnings', 'position_bias', 'place_means', 'opposed',
-           'pair_rows', 'confirm', 'judge_pairs', 'judge_scorer']
+           'judge', 'choose_pairs', 'stands', 'confirm', 'interval95', 'earnings', 'position_bias', 'place_means',
+           'opposed', 'pair_rows', 'judge_pairs', 'judge_scorer']
 
 # %% ../../nbs/53_post.judge.ipynb #3ec3394a
 import math
@@ -142,6 +142,17 @@ def stands(
     score = {r['text']: r[kind] for r in again}
     return score[a['text']] > score[b['text']]
 
+# %% ../../nbs/53_post.judge.ipynb #b6935ea9
+def confirm(
+    found:list[list[tuple]], # pairs of each conversation, as from `choose_pairs`
+    second:tuple             # of `judge` with the places turned round
+)->tuple[list, dict]:        # the pairs that stand; counts
+    "Leave out what a second verdict does not say."
+    again, counts = second
+    kept = [[p for p in pairs if stands(p, scored)] if scored else [] for pairs, scored in zip(found, again)]
+    unconfirmed = sum(len(pairs) for pairs, scored in zip(found, again) if not scored)
+    return kept, counts | dict(unconfirmed=unconfirmed, turned=sum(map(len, found)) - sum(map(len, kept)) - unconfirmed)
+
 # %% ../../nbs/53_post.judge.ipynb #7be3f416
 def interval95(
     values:list[float] # one per conversation, at least two
@@ -204,17 +215,6 @@ def pair_rows(
         rows.append(chat_pair(tokenizer, messages, a['text'], b['text'], id=f'{name}-{kind}' + (f'-{again}' if again else ''), source=f'judge_{kind}',
                               meta=dict(chosen_model=a['model'], rejected_model=b['model'], **scores)))
     return rows
-
-# %% ../../nbs/53_post.judge.ipynb #b6935ea9
-def confirm(
-    found:list[list[tuple]], # pairs of each conversation, as from `choose_pairs`
-    second:tuple             # of `judge` with the places turned round
-)->tuple[list, dict]:        # the pairs that stand; counts
-    "Leave out what a second verdict does not say."
-    again, counts = second
-    kept = [[p for p in pairs if stands(p, scored)] if scored else [] for pairs, scored in zip(found, again)]
-    unconfirmed = sum(len(pairs) for pairs, scored in zip(found, again) if not scored)
-    return kept, counts | dict(unconfirmed=unconfirmed, turned=sum(map(len, found)) - sum(map(len, kept)) - unconfirmed)
 
 # %% ../../nbs/53_post.judge.ipynb #f6fa2ffd
 def judge_pairs(
