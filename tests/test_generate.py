@@ -157,6 +157,14 @@ def test_draw_never_takes_an_impossible_token():
     assert set(draw(probs, u).tolist()) == {1, 3}
 
 
+@pytest.mark.parametrize("size", [49_152, 100_352, 200_064])
+def test_draw_is_exact_on_a_large_vocabulary(size):
+    "Equal probabilities: u falls on token u * size. Sums in float32 would drift by a token, and past the last one."
+    probs, u = torch.full((1, size), 1 / size), torch.tensor([*np.linspace(0.03, 0.97, 20), 1 - 2**-49], dtype=torch.float64)
+    assert [draw(probs, x[None]).item() for x in u] == [int(x * size) for x in u.tolist()]
+    assert draw(torch.tensor([[.5, .5]]), torch.tensor([.5]).double()) == 1, "a sum has to pass u"
+
+
 @settings(max_examples=100, **QUIET)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=20))
 def test_prefixes_are_shared(prompts):

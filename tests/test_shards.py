@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from phi4_ref.data.collect import as_document, stream_rows
-from phi4_ref.data.shards import (JoinedStore, PickedStore, check_shards, encode_documents, in_order, load_shards, make_store, open_stores, pick, text_chunks,
+from phi4_ref.data.shards import (JoinedStore, PartStore, PickedStore, check_shards, encode_documents, in_order, load_shards, make_store, open_stores, pick, text_chunks,
                                   text_encoder, tokenize_documents, tokenizer_fingerprint, write_shards)
 from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.records import DOCUMENT, save
@@ -78,6 +78,11 @@ def test_wide_ids_and_none_at_all(tmp_path):
     write_shards([dict(text='x', source='web')], big, tmp_path/'wide', workers=1)
     store = load_shards(tmp_path/'wide')['web']
     assert store[0].dtype == np.uint32 and store[0].tolist() == encode_documents(['x'], big)[0] and store[0][-1] > 65_535
+
+@pytest.mark.parametrize('limit, documents', [(3, 1), (4, 2), (5, 2), (6, 3)])
+def test_a_shard_is_filled_to_its_limit(tmp_path, limit, documents):
+    write_shards([dict(text='a', source='web')] * 6, TOKENIZER, tmp_path, shard_tokens=limit, workers=1)  # two tokens each
+    assert [len(part) for part in load_shards(tmp_path)['web'].parts] == [documents] * (6 // documents)
 
 @pytest.mark.parametrize('row', [dict(source='web'), dict(text=None, source='web'), dict(text='x'), dict(text='x', source='../etc'), dict(text='x', source='')])
 def test_what_is_no_document_is_refused_by_number(tmp_path, row):
@@ -212,6 +217,21 @@ def test_rows_of_joined_stores_are_rows_of_one(at, context):
     one, many = StreamRows(STORE, context), StreamRows(cut(STORE, *sorted(at)), context)
     assert len(one) == len(many) and all(one[i].tolist() == many[i].tolist() for i in range(len(one)))
 
+@given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 26), st.integers(0, 26))
+def test_parts_read_like_copies(a, b, start, stop):
+    first, last = sorted((a, b))
+    part, copied = PartStore(STORE, first, last), make_store([STORE[i] for i in range(first, last)], 2000)
+    start, stop = sorted(min(x, copied.size) for x in (start, stop))
+    assert part.read(start, stop).tolist() == copied.read(start, stop).tolist() and (part.offsets == copied.offsets).all()
+    assert [d.tolist() for d in part] == [d.tolist() for d in copied]
+
+def test_the_fingerprint_of_a_choice_is_of_what_was_chosen():
+    "Equal sizes, other documents: a run begun on one refuses the others."
+    same = make_store([[1, 2], [3, 4], [1, 2]], 2000)
+    chosen = [PickedStore(same, [0, 1]), PickedStore(same, [1, 0]), PartStore(same, 0, 2), PartStore(same, 1, 3), cut(same, 1), cut(same, 2), same]
+    assert len({store.fingerprint for store in chosen}) == len(chosen)
+    assert PickedStore(same, [0, 1]).fingerprint == chosen[0].fingerprint and PartStore(same, 0, 2).fingerprint == chosen[2].fingerprint
+
 def test_picks_need_no_tokens(whole, monkeypatch):
     store = load_shards(whole)['web']
     monkeypatch.setattr(type(store.parts[0]), 'read', lambda *a: pytest.fail('tokens were read'))
@@ -235,7 +255,8 @@ def test_batches_from_shards_are_those_from_memory(whole):
 def test_another_data_set_is_refused_by_the_name_of_its_source(whole, tmp_path):
     changed = [dict(r) for r in ROWS]
     last = max(i for i, r in enumerate(ROWS) if r['source'] == 'code')
-    changed[last]['text'] = 'Zed' + changed[last]['text'][3:]
+    first = min(i for i, r in enumerate(ROWS) if r['source'] == 'code')
+    changed[first], changed[last] = changed[last], changed[first]  # as many documents, as many tokens
     write_shards(changed, TOKENIZER, tmp_path/'changed', shard_tokens=SHARD, workers=1)
     make = lambda folder, **fractions: MixtureBatches(load_shards(folder), fractions, 64, 8, 2, seed=1).describe()
     check_same_run(make(whole, web=.7, code=.3), make(whole, web=.7, code=.3), 'OUT')

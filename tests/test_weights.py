@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from phi4_ref.model.pretrained import from_hf_config, from_pretrained, save_pretrained, smollm2, to_hf_config
+from phi4_ref.model.pretrained import from_hf_config, from_pretrained, save_pretrained, smollm2, to_hf_config, weight_files
+from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.model.transformer import PHI4_14B, Transformer, count_parameters
 from published import smollm2_gguf
 
@@ -56,6 +57,7 @@ def test_both_ways(tmp_path, kind, tied, size, heads):
     assert count_parameters(ours) == model.num_parameters() and (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
     save_pretrained(ours, tmp_path/"ours", max_shard_size=size)
     assert (len(shards(tmp_path/"ours")) > 3) == (len(shards(tmp_path/"theirs")) > 3) == (size == "10KB")
+    assert ("lm_head.weight" in weight_files(tmp_path/"ours")) == (not tied), "a tied matrix is stored once"
     back, report = AutoModelForCausalLM.from_pretrained(tmp_path/"ours", output_loading_info=True)
     assert type(back) is Phi3ForCausalLM and not any(report.values())
     assert_same(ours, back)
@@ -85,6 +87,31 @@ def test_a_tied_model_trains_as_one(tmp_path):
         assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
+def test_what_other_tools_read(tmp_path):
+    "vLLM and lm-eval ask a directory for more than its weights: where to stop, what pads, in which type, how a chat is written."
+    tokenizer = train_tokenizer(["a b c"], 320)
+    folder = save_pretrained(Transformer(replace(from_hf_config(theirs("phi3").config.to_dict()), vocab_size=320)).bfloat16(), tmp_path/"m", tokenizer)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    end, document, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "<|dummy_0|>"])
+    config, generation = (json.loads((folder/name).read_text()) for name in ("config.json", "generation_config.json"))
+    assert [config[f"{x}_token_id"] for x in ("eos", "bos", "pad")] == [end, document, pad]
+    assert generation == dict(eos_token_id=[end, document], bos_token_id=document, pad_token_id=pad)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16" and model.dtype == torch.bfloat16
+    assert from_pretrained(folder).lm_head.weight.dtype == torch.float32 and from_pretrained(folder, torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+
+
+def test_only_checkpoints_are_replaced(tmp_path):
+    "A directory of something else stays as it was; an older checkpoint gives way whole."
+    model = Transformer(from_hf_config(theirs("phi3").config.to_dict()))
+    (tmp_path/"notes").mkdir(); (tmp_path/"notes/todo.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="notes exists and is no checkpoint"): save_pretrained(model, tmp_path/"notes")
+    assert (tmp_path/"notes/todo.txt").read_text() == "keep me"
+    save_pretrained(model, tmp_path/"m", max_shard_size="10KB")
+    save_pretrained(model, tmp_path/"m")
+    assert shards(tmp_path/"m") == ["model.safetensors"] and sorted(p.name for p in tmp_path.iterdir()) == ["m", "notes"]
+
+
 # The configurations that are about
 
 PUBLISHED_PHI4 = """{"_name_or_path": "microsoft/phi-4", "architectures": ["Phi3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "auto_map": {},
@@ -100,6 +127,8 @@ def test_the_published_configuration():
     assert from_hf_config(old) == from_hf_config(new) == PHI4_14B
     ours = to_hf_config(PHI4_14B, torch.bfloat16)
     assert {k: ours[k] for k in old if k in ours} == {k: v for k, v in old.items() if k in ours}
+    assert ours["rope_theta"] == ours["rope_parameters"]["rope_theta"] == 250_000 and ours["dtype"] == ours["torch_dtype"] == "bfloat16", "for transformers 4 and 5"
+    assert from_hf_config({**old, "eos_token_id": [100_265, 100_257]}) == PHI4_14B, "of several ends the first is the end of a turn"
 
 
 def test_the_14b_checkpoint_is_split_as_the_hub_wants_it():
@@ -145,6 +174,14 @@ def test_other_networks_of_the_family_are_refused(tmp_path, case):
     with pytest.raises(ValueError, match=message): from_pretrained(tmp_path/"m")
 
 
+@pytest.mark.parametrize("name, changes", [("sliding_window", dict(sliding_window=2047)), ("hidden_act", dict(hidden_act="gelu")), ("model_type", dict(model_type="qwen2")),
+    ("partial_rotary_factor", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75))),
+    ("rope_type", dict(rope_scaling=dict(type="longrope"), rope_parameters=None))])
+def test_other_phi3s_are_refused(name, changes):
+    "Phi-3-mini and phi-4-mini among them, in the old form of a configuration and in the new."
+    with pytest.raises(ValueError, match=f"config.json: {name} is"): from_hf_config({**to_hf_config(PHI4_14B), **changes})
+
+
 # Broken checkpoints
 
 @pytest.fixture
@@ -178,6 +215,18 @@ def test_a_shard_of_another_checkpoint_is_named(sharded, tmp_path):
     names = shards(sharded)
     shutil.copy(sharded/names[1], sharded/names[2])
     with pytest.raises(ValueError, match="the checkpoint lacks . tensors, the first model"): from_pretrained(sharded)
+
+
+def test_tensors_without_a_place_are_named(sharded):
+    "A configuration of fewer layers than the weights."
+    edit(sharded, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="tensors without a place in this network, the first model.layers.2"): from_pretrained(sharded)
+
+
+def test_a_tied_checkpoint_with_another_output_matrix_is_named(tmp_path):
+    theirs("llama").save_pretrained(tmp_path/"m")
+    edit(tmp_path/"m", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="says tie_word_embeddings, but lm_head.weight is not the embedding"): from_pretrained(tmp_path/"m")
 
 
 def test_parts_of_the_wrong_size_are_named(tmp_path):
