@@ -70,7 +70,7 @@ def search(run, seed, questions):
 
 def train_on(run, name, start, pairs, kind, seed, settings, epochs):
     model, tokenizer = open_model(run/start)
-    log = train_dpo(model, copy.deepcopy(model), pairs, TrainSettings(lr=settings['lr'], warmup_fraction=.1, seed=seed), run/name, kind=kind, kl_weight=settings['kl_weight'], epochs=epochs, batch_size=16)
+    log = train_dpo(model, copy.deepcopy(model), pairs, TrainSettings(lr=settings['lr'], warmup_fraction=.1, seed=seed), run/name, kind=kind, kl_weight=settings['kl_weight'], epochs=epochs, batch_size=settings['batch_size'])
     print(name, finish_stage(model, tokenizer, run/name, log, pairs=len(pairs)), flush=True)
 
 
@@ -92,7 +92,7 @@ def make_run(model, run, seed, args):
     "A run directory of another model, with the parts of a toy run that the tables read."
     run.mkdir(parents=True, exist_ok=True)
     train, test = stories(args.questions, seed), stories(args.items, seed, 'test')
-    token, full, judge = (dict(lr=args.lr * scale, kl_weight=.1) for scale in (1, 1, .3))
+    token, full, judge = (dict(lr=args.lr * scale, kl_weight=.1, batch_size=16) for scale in (1, 1, .3))
     done = lambda name: (run/name/'config.json').exists()
     if not done('sft'): fine_tune(model, run, seed, args.chats, args.tokens, args.sft_lr)
     if not (run/'pts'/'stats.json').exists(): search(run, seed, train)
@@ -213,11 +213,11 @@ def ablation_table(run, args):
 
 def test_items(run, args):
     "Held-out problems, and how a run trains on pairs."
-    if not (run/'synth').exists(): return stories(args.items, int(run.name.rsplit('-', 1)[1]), 'test'), dict(lr=args.lr, kl_weight=.1), args.epochs
+    if not (run/'synth').exists(): return stories(args.items, int(run.name.rsplit('-', 1)[1]), 'test'), dict(lr=args.lr, kl_weight=.1, batch_size=16), args.epochs
     from phi4_ref.config import load_config
     from phi4_ref.data.collect import load_benchmarks
     c = load_config(run/'config.yaml')
-    return load_benchmarks(run/'collect')['arithmetic'][:args.items], dict(lr=c.dpo.lr, kl_weight=c.dpo.kl_weight), c.dpo.epochs
+    return load_benchmarks(run/'collect')['arithmetic'][:args.items], dict(lr=c.dpo.lr, kl_weight=c.dpo.kl_weight, batch_size=c.dpo.batch_size), c.dpo.epochs
 
 def score_after(run, name, pairs, kind, settings, epochs, test):
     "(question ids, outcomes) at temperature 1 of the SFT model trained on pairs; kept in the run."
