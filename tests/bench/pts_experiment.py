@@ -6,7 +6,7 @@
 With --model a chat model is fine-tuned on arithmetic stories whose writers answer at once, in one expression or step by step (half, a quarter, a quarter), searched, and trained on the confirmed pivotal pairs, on the same pairs with
 their labels shuffled, on whole answers of the same rollouts at the same compute, and by a judge after the pivotal pairs. What is finished in --out is not made again.
 For either kind of model the tables are: accuracy on held-out stories at temperature 1 with paired intervals over the questions, p(success) before the pivots and the probability of the better token before and after training,
-how unlikely the pivotal tokens are, and what the search costs and finds with one setting changed. Tables are printed, and written to OUT.md with --table OUT.
+how unlikely the pivotal tokens are, and what the search costs and finds with one setting changed. Tables are printed, and written to FILE with --table FILE.
 """
 import argparse, copy, json, math, platform, statistics
 from collections import Counter, defaultdict
@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from phi4_ref.eval.claims import percent, points
 from phi4_ref.eval.harness import EVAL_ITEM, evaluate, prompt_ids, stop_ids
 from phi4_ref.eval.stats import mean_interval, paired_interval
-from phi4_ref.model.pretrained import from_pretrained
+from phi4_ref.eval.report import table
 from phi4_ref.post import pts
 from phi4_ref.post.dpo import shuffle_labels, train_dpo
 from phi4_ref.post.judge import ModelChat, collect_replies, judge_pairs
-from phi4_ref.records import PREFERENCE, QUESTION, load, load_json, save, save_json
+from phi4_ref.records import PREFERENCE, load, load_json, save, save_json
+from phi4_ref.run import open_checkpoint, pair_tokens
 from phi4_ref.teacher import WorldTeacher
 from phi4_ref.train.loop import TrainSettings
 from phi4_ref.train.pretrain import finish_stage
@@ -34,17 +36,12 @@ ARMS = dict(sft='SFT', dpo='pivotal DPO', dpo_shuffled='pivotal, labels shuffled
 SEARCH = dict(n_samples=12, filter_samples=12, n_fresh=60, margin=.1)  # of another model; a toy run has its own
 
 
-def open_model(folder):
-    from transformers import AutoTokenizer
-    return from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
 def stories(n, seed, split='train'): return [problem_row(f'{split}-{i:04}', p) for i, p in enumerate(make_problems(n, f'experiment/{seed}', max_number=9, split=split))]
 
 
 def sampler_of(folder, run, temperature=1.):
     "(sampler, tokenizer) of a checkpoint; rollouts are kept in the run."
-    model, tokenizer = open_model(folder)
+    model, tokenizer = open_checkpoint(folder)
     return pts.stored(pts.model_sampler(model, stop_ids(tokenizer), temperature), run/'experiment.sqlite', f'{Path(folder).name}, temperature {temperature}'), tokenizer
 
 
@@ -55,7 +52,7 @@ def fine_tune(model, run, seed, chats, tokens, lr):
     for i, p in enumerate(make_problems(chats, f'chats/{seed}', max_number=9)):
         way = stream(seed, 'way', i).choices(list(CHAT_WAYS), list(CHAT_WAYS.values()))[0]
         rows.append(dict(messages=[dict(role='user', content=p.question), dict(role='assistant', content=p.say(way))]))
-    model, tokenizer = open_model(model)
+    model, tokenizer = open_checkpoint(model)
     print('SFT', sft(model, rows, tokenizer, TrainSettings(lr=lr, warmup_fraction=.1, seed=seed), run/'sft', tokens=tokens, context=256, batch_size=16, seed=seed, save_every=20), flush=True)
 
 
@@ -69,17 +66,14 @@ def search(run, seed, questions):
 
 
 def train_on(run, name, start, pairs, kind, seed, settings, epochs):
-    model, tokenizer = open_model(run/start)
+    model, tokenizer = open_checkpoint(run/start)
     log = train_dpo(model, copy.deepcopy(model), pairs, TrainSettings(lr=settings['lr'], warmup_fraction=.1, seed=seed), run/name, kind=kind, kl_weight=settings['kl_weight'], epochs=epochs, batch_size=settings['batch_size'])
     print(name, finish_stage(model, tokenizer, run/name, log, pairs=len(pairs)), flush=True)
 
 
-def pass_tokens(pairs, kind): return sum(len(p['prompt_ids']) if kind == 'token' else 2 * len(p['prompt_ids']) + len(p['chosen_ids']) + len(p['rejected_ids']) for p in pairs)
-
-
 def judged(run, seed, questions):
     "Pairs of the DPO model's replies and the teacher's, by the teacher as judge."
-    model, tokenizer = open_model(run/'dpo')
+    model, tokenizer = open_checkpoint(run/'dpo')
     teacher, prompts = WorldTeacher(World(seed, pages=10)), [[dict(role='user', content=q['question'])] for q in questions]
     replies = collect_replies(prompts, [(teacher, 1), (ModelChat(model, tokenizer, 'dpo'), 2)], temperature=1., max_tokens=64, seed=seed)
     pairs, counts = judge_pairs(prompts, replies, teacher, tokenizer, seed)
@@ -96,11 +90,11 @@ def make_run(model, run, seed, args):
     done = lambda name: (run/name/'config.json').exists()
     if not done('sft'): fine_tune(model, run, seed, args.chats, args.tokens, args.sft_lr)
     if not (run/'pts'/'stats.json').exists(): search(run, seed, train)
-    pairs, (_, tokenizer) = load(run/'pts'/'pairs.parquet'), open_model(run/'sft')
+    pairs, (_, tokenizer) = load(run/'pts'/'pairs.parquet'), open_checkpoint(run/'sft')
     whole = pts.full_length_pairs(load_json(run/'pts'/'trajectories.json'), tokenizer)
     if not done('dpo'): train_on(run, 'dpo', 'sft', pairs, 'token', seed, token, args.epochs)
     if not done('dpo_shuffled'): train_on(run, 'dpo_shuffled', 'sft', shuffle_labels(pairs, seed), 'token', seed, token, args.epochs)
-    if not done('dpo_full'): train_on(run, 'dpo_full', 'sft', whole, 'full', seed, full, args.epochs * pass_tokens(pairs, 'token') / pass_tokens(whole, 'full'))
+    if not done('dpo_full'): train_on(run, 'dpo_full', 'sft', whole, 'full', seed, full, args.epochs * pair_tokens(pairs, 'token') / pair_tokens(whole, 'full'))
     if not (run/'judge'/'pairs.parquet').exists(): judged(run, seed, train[:args.prompts])
     if not done('final'): train_on(run, 'final', 'dpo', load(run/'judge'/'pairs.parquet'), 'full', seed, judge, 2)
     rows = []
@@ -109,7 +103,7 @@ def make_run(model, run, seed, args):
         if not part.exists():
             part.parent.mkdir(exist_ok=True)
             settings = dict(chat=True, max_new_tokens=64, seed=seed, name=name)
-            items = evaluate(*open_model(run/name), dict(arithmetic=test), samples=4, temperature=1., **settings) + evaluate(*open_model(run/name), dict(arithmetic=test), **settings)
+            items = evaluate(*open_checkpoint(run/name), dict(arithmetic=test), samples=4, temperature=1., **settings) + evaluate(*open_checkpoint(run/name), dict(arithmetic=test), **settings)
             save(part, items, EVAL_ITEM)
         rows += load(part)
         own = [r['correct'] for r in rows if r['model'] == name]
@@ -118,11 +112,6 @@ def make_run(model, run, seed, args):
 
 
 # --- tables over runs, toy or not
-
-def points(i): return f'{100 * i.mean:+.0f} [{100 * i.low:+.0f}, {100 * i.high:+.0f}]'
-def percent(i): return f'{100 * i.mean:.0f} [{100 * i.low:.0f}, {100 * i.high:.0f}]'
-def table(head, rows): return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in [head, [':--', *['--:'] * (len(head) - 1)], *rows]) + '\n'
-
 
 def accuracy_table(runs):
     "Arms on the held-out problems, the questions of all runs together."
@@ -151,7 +140,7 @@ def questions_of(run):
 def pivots_after(run, arm, n):
     "For each confirmed pair: successes of n new rollouts from its prefix under a checkpoint, and the probability of the two tokens there."
     asked, pairs, (sampler, tokenizer) = questions_of(run), load(run/'pts'/'pairs.parquet'), sampler_of(run/arm, run)
-    model = open_model(run/arm)[0]
+    model = open_checkpoint(run/arm)[0]
     sampling = pts.Sampling(sampler, tokenizer, pts.answer_oracle, max(len(p['prompt_ids']) for p in pairs) + 64, f'after {arm}')
     cases = [pts.Case(asked[p['meta']['question_id']], p['prompt_ids'][:len(p['prompt_ids']) - p['meta']['position']], p['prompt_ids'][len(p['prompt_ids']) - p['meta']['position']:]) for p in pairs]
     for c in cases: c.tokens = c.tokens + [-1]  # so that the prefix is not taken for the whole trajectory
@@ -184,7 +173,7 @@ def tokens_table(runs):
         inside = lambda lps: sum(low <= math.exp(lp) < high for lp in lps)
         rows.append([f'{low:g} to {min(1, high):g}', f'{inside(every):,}', f'{inside(every) / len(every):.1%}', inside(found), f'{inside(found) / max(1, len(found)):.1%}', f'{inside(found) / max(1, inside(every)):.1%}'])
     common = ', '.join(f'{a} over {b} ({n})' for (a, b), n in named.most_common(8))
-    return table(['probability of the token', 'tokens', 'of all tokens', 'pivots', 'of all pivots', 'pivots among them'], rows) + f'\nMost frequent pairs: {common}.\n'
+    return table(['probability of the token', 'tokens', 'of all tokens', 'pivots', 'of all pivots', 'pivots among them'], rows) + f'\n\nMost frequent pairs: {common}.\n'
 
 
 VARIANTS = {'as the run': {}, 'split by length': dict(split='length'), 'every token': dict(segments='complete'), 'half the rollouts a prefix': 'half', 'twice the rollouts a prefix': 'double',
@@ -224,7 +213,7 @@ def score_after(run, name, pairs, kind, settings, epochs, test):
     part = run/'parts'/f'{name}.json'
     if not part.exists():
         train_on(run, f'parts/{name}', 'sft', pairs, kind, 0, settings, epochs)
-        save_json(part, [[r['id'], r['correct']] for r in evaluate(*open_model(part.with_suffix('')), dict(arithmetic=test), chat=True, samples=4, temperature=1., max_new_tokens=64, name=name)])
+        save_json(part, [[r['id'], r['correct']] for r in evaluate(*open_checkpoint(part.with_suffix('')), dict(arithmetic=test), chat=True, samples=4, temperature=1., max_new_tokens=64, name=name)])
     return zip(*load_json(part))
 
 
@@ -232,10 +221,10 @@ def compute_table(run, args):
     "Pivotal pairs and whole answers with the same tokens through the model, from a little to all that the run spends."
     (test, settings, epochs), pairs = test_items(run, args), load(run/'pts'/'pairs.parquet')
     whole = pts.full_length_pairs(load_json(run/'pts'/'trajectories.json'), sampler_of(run/'sft', run)[1])
-    rows, cost = [], pass_tokens(pairs, 'token')
+    rows, cost = [], pair_tokens(pairs, 'token')
     arms = dict(token=('token', pairs, 1), full=('full', whole, 1), faster=('full', whole, 2))  # kind, pairs, learning rates of the run
     for share in (1 / 12, 1 / 6, 1 / 3, 2 / 3, 1):
-        found = {name: tuple(map(tuple, score_after(run, f'{name}-{share:.2f}', of, kind, settings | dict(lr=settings['lr'] * times), epochs * share * cost / pass_tokens(of, kind), test))) for name, (kind, of, times) in arms.items()}
+        found = {name: tuple(map(tuple, score_after(run, f'{name}-{share:.2f}', of, kind, settings | dict(lr=settings['lr'] * times), epochs * share * cost / pair_tokens(of, kind), test))) for name, (kind, of, times) in arms.items()}
         ids, token = found['token']
         rows.append([f'{epochs * share * cost:,.0f}', *(percent(mean_interval(right, ids)) for _, right in found.values()), *(points(paired_interval([float(x) for x in token], [float(x) for x in found[name][1]], ids)) for name in ('full', 'faster'))])
     return table(['tokens read', 'pivotal pairs, %', 'whole answers, %', 'the same at twice the learning rate, %', 'pivotal minus whole, points', 'pivotal minus twice the rate, points'], rows)
