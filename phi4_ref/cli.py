@@ -121,7 +121,7 @@ def pts(
     question_column:str="question", answer_column:str="answer",
     limit:Annotated[int, typer.Option(min=1, help="At most so many questions.")]=None,
     samples:Annotated[int, typer.Option(min=2, help="Rollouts for each estimate of p(success).")]=20,
-    fresh:Annotated[int, typer.Option(min=0, help="Most fresh rollouts that confirm a pivot; 0: not confirmed.")]=40,
+    confirm:Annotated[int, typer.Option(min=0, help="Most further rollouts that confirm a pivot; 0: not confirmed.")]=40,
     null:Annotated[bool, typer.Option("--null", help="Search once more with verdicts by chance, and report what that finds.")]=False,
     trajectories:Annotated[int, typer.Option(min=1, help="Completions searched for each question.")]=1,
     segments:Annotated[str, typer.Option(help="Parts of a completion that the search begins with; complete: every token.")]="complete",
@@ -139,7 +139,7 @@ def pts(
         questions, (loaded, tokenizer) = read_questions(data, question_column, answer_column, limit), open_model(model)
         sampler = endpoint_sampler(served_name or model, base_url, end_ids(loaded, tokenizer), temperature, top_p) if base_url else None
         counts = pts_dataset(loaded, tokenizer, questions, Path(out), sampler=sampler, model_id=model, dataset_id=data, max_total=max_total, temperature=temperature, top_p=top_p, n_samples=samples, filter_samples=samples,
-                             trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, n_fresh=fresh, null=null, seed=seed)
+                             trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, confirm_samples=confirm, null=null, seed=seed)
         print(f"{out}: {counts['pairs']} pairs from {counts['in_band']} of {counts['questions']} questions, {counts['candidates']} candidates, {counts['rollouts']:,} rollouts" + (f"; by chance {counts['null_search_pairs']} of {counts['null_search_candidates']} candidates" if null else ""))
     def of_run():
         keep_memory()

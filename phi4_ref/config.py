@@ -186,7 +186,7 @@ class PTS(Section):
     samples: Annotated[int, Field(ge=2)]         # completions per estimate of p(success)
     trajectories: PositiveInt  # searched per kept question
     segments: PositiveInt | Literal["complete"] = 1  # parts of a trajectory that the search begins with; complete: every token
-    fresh: Count = 0           # most fresh rollouts that confirm a pivot; 0: not confirmed
+    confirm_samples: Count = 0 # most further rollouts that confirm a pivot; 0: not confirmed
     fdr: Fraction = 0.05       # false discovery rate among the confirmed
     p_gap: Fraction
     low: Fraction

@@ -310,7 +310,7 @@ def pts(c, inputs, out):
     p, questions = c.pts, [q for q in load(inputs["synth"]/"questions.parquet", QUESTION) if q["kind"] != "code"][:c.pts.questions]
     sampler = stored(model_sampler(model, stop_ids(tokenizer), p.temperature), out/"rollouts.sqlite", f"sft, temperature {p.temperature}")
     pairs, trajectories, counts = search(questions, [prompt_ids(q, tokenizer, True) for q in questions], sampler, tokenizer, max_total=p.max_total, n_samples=p.samples,
-        filter_samples=p.filter_samples, trajectories=p.trajectories, p_gap=p.p_gap, band=(p.low, p.high), segments=p.segments, n_fresh=p.fresh, fdr=p.fdr, seed=c.seed)
+        filter_samples=p.filter_samples, trajectories=p.trajectories, p_gap=p.p_gap, band=(p.low, p.high), segments=p.segments, confirm_samples=p.confirm_samples, fdr=p.fdr, seed=c.seed)
     by_id = {q["id"]: q for q in questions}
     if shown := max(trajectories, key=lambda t: (min(len(t["pivots"]), 3), len(t["tokens"])), default=None):
         shown["trace"] = trace(by_id[shown["question_id"]], shown, sampler, tokenizer, max_total=p.max_total, n_samples=p.samples, seed=c.seed)

@@ -38,7 +38,7 @@ def command(made, out, *more): return ["pts", "--model", made/"model", "--data",
 
 
 def test_the_command_leaves_a_data_set(made, tmp_path):
-    status, out, err = phi4(*command(made, tmp_path/"d", "--fresh", "40"))
+    status, out, err = phi4(*command(made, tmp_path/"d", "--confirm", "40"))
     assert status == 0 and "pairs from 6 of 6 questions" in out, err
     assert sorted(p.name for p in (tmp_path/"d").iterdir()) == ["README.md", "pairs.jsonl", "pairs.parquet", "rollouts.sqlite", "trl.parquet"]
     rows = pq.read_table(tmp_path/"d"/"pairs.parquet").to_pylist()
@@ -58,7 +58,7 @@ def test_the_command_leaves_a_data_set(made, tmp_path):
 
 def test_interrupted_it_goes_on_and_more_samples_add(made, tmp_path):
     out = tmp_path/"d"
-    process = start(*command(made, out, "--samples", "400", "--fresh", "0"))
+    process = start(*command(made, out, "--samples", "400", "--confirm", "0"))
     import time
     for _ in range(6000):
         if (out/"rollouts.sqlite").exists() and len(ReplyStore(out/"rollouts.sqlite")) or process.poll() is not None: break
@@ -67,9 +67,9 @@ def test_interrupted_it_goes_on_and_more_samples_add(made, tmp_path):
     _, err = process.communicate(timeout=300)
     assert process.returncode in (0, 130) and "Traceback" not in err
     before = len(ReplyStore(out/"rollouts.sqlite"))
-    assert phi4(*command(made, out, "--samples", "400", "--fresh", "0"))[0] == 0
+    assert phi4(*command(made, out, "--samples", "400", "--confirm", "0"))[0] == 0
     whole = pq.read_table(out/"pairs.parquet").to_pylist()
-    assert phi4(*command(made, tmp_path/"unbroken", "--samples", "400", "--fresh", "0"))[0] == 0
+    assert phi4(*command(made, tmp_path/"unbroken", "--samples", "400", "--confirm", "0"))[0] == 0
     same = lambda rows: [{k: v for k, v in r.items() if k != "timestamp"} for r in rows]
     assert same(whole) == same(pq.read_table(tmp_path/"unbroken"/"pairs.parquet").to_pylist()) and before
 
@@ -78,7 +78,7 @@ def test_interrupted_it_goes_on_and_more_samples_add(made, tmp_path):
     ({"--data": "nowhere.jsonl"}, "no file matches 'nowhere.jsonl'"), ({"--model": "no/such/model"}, "cannot load a causal language model from 'no/such/model'"),
     ({"--question-column": "qq"}, "qq"), ({"--out": None}, "--out missing"), ({"--p-gap": "0.99"}, "no pivotal pairs in 6 questions")])
 def test_what_it_refuses(made, tmp_path, change, said):
-    args = command(made, tmp_path/"d", "--samples", "4", "--fresh", "0", "--p-gap", "0.2")
+    args = command(made, tmp_path/"d", "--samples", "4", "--confirm", "0", "--p-gap", "0.2")
     for key, value in change.items():
         at = args.index(key)
         args[at:at + 2] = [key, value] if value else []

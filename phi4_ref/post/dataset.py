@@ -72,9 +72,9 @@ def card(
     "README.md of the data set: where its pairs come from, and how many would come from nothing."
     head = yaml.safe_dump(dict(tags=['pivotal-token-search', 'dpo', 'preference'], configs=[dict(config_name='default', data_files='pairs.parquet', default=True), dict(config_name='trl', data_files='trl.parquet')]), sort_keys=False)
     lines = lambda values: '\n'.join(f'| {k} | {v:g} |' if isinstance(v, float) else f'| {k} | {v:,} |' if isinstance(v, int) else f'| {k} | {v} |' for k, v in values.items() if v is not None)
-    tested = (f"Each pair was found on some rollouts and confirmed on fresh ones (exact test, false discovery rate {settings['fdr']:.0%}). With the verdicts shuffled, {counts['null_pairs']:.1f} pairs would have passed."
+    tested = (f"Each pair was confirmed by further rollouts (exact test, false discovery rate {settings['fdr']:.0%}). With the verdicts shuffled, {counts['null_pairs']:.1f} pairs would have passed."
               + (f" The whole search on verdicts by chance proposed {counts['null_search_candidates']} and confirmed {counts['null_search_pairs']}." if 'null_search_pairs' in counts else '')
-              if settings['n_fresh'] else 'The pairs were not confirmed on fresh rollouts: some of them are chance (set `--fresh`).')
+              if settings['confirm_samples'] else 'The pairs were not confirmed: some of them are chance (set `--confirm`).')
     return (f"---\n{head}---\n# Pivotal token pairs of {about['model_id']}\n\nSingle-token preference pairs by pivotal token search (phi-4 technical report, arXiv 2412.08905, section 4.3), made with phi4_ref. {tested}\n\n"
             f"The token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`) are exact. The strings are for reading and for trainers that take only text: tokenised again, a pivot may merge with its neighbours, and a trainer that appends an end-of-text token trains stopping as well.\n\n"
             f"| source | |\n| :-- | :-- |\n{lines(about)}\n\n| setting | |\n| :-- | --: |\n{lines(settings)}\n\n| counted | |\n| :-- | --: |\n{lines(counts)}\n")
@@ -129,7 +129,7 @@ def pts_dataset(
     about = dict(model_id=model_id, dataset_id=dataset_id, task_type=questions[0]['kind'], timestamp=datetime.now(timezone.utc).isoformat(timespec='seconds'), temperature=temperature, top_p=top_p, max_total=max_total)
     asked = {q['id']: q['question'] for q in questions}
     rows = [flat_row(r, asked[r['meta']['question_id']], ref, about) for r, ref in zip(pairs, reference_logprobs(model, pairs))]
-    write_dataset(rows, card(counts, about, dict(n_fresh=0, fdr=.05) | settings), out)
+    write_dataset(rows, card(counts, about, dict(confirm_samples=0, fdr=.05) | settings), out)
     return counts
 
 def open_model(

@@ -1,14 +1,15 @@
 """What a confirmed pivotal pair costs: this project's search against a fixed number of samples at every step, one prefix at a time.
 
-    python tests/bench/pts_cost.py [--run runs/toy] [--questions 60] [--quick]
-    python tests/bench/pts_cost.py --model DIR-OR-NAME --data FILE.jsonl [--question-column question] [--answer-column answer] [--max-total 256]
+    python tests/bench/pts_cost.py [--run runs/toy] [--questions 60] [--seeds 3] [--quick]
+    python tests/bench/pts_cost.py --model DIR-OR-NAME --data FILE.jsonl [--question-column question] [--answer-column answer] [--max-total 256] [--store FILE]
 
 First on trees whose truth is known: recall of the true pivots of the trajectories (a change of p(success) of 0.2 or more), share of false ones among those reported, tokens for each true pivot reported.
 Then on a model: the fine-tuned toy of a run, or any causal LM with questions. The fixed procedure is what published searches do: 50 fresh samples for p(success) at every prefix that is looked at,
-segments halved by length, one prefix a call, the band's estimate not used again, the likeliest nine other tokens tried with 50 new samples each until one differs by 0.2. Pairs of all procedures then pass the same test on
-fresh rollouts (`post.pts.confirm`, margin a third of that or as the row says, false discovery rate 5%; its tokens count for ours, and not for the fixed procedure), and tokens and seconds are divided by the pairs that pass.
+segments halved by length, one prefix a call, the band's estimate not used again, the likeliest nine other tokens tried with 50 new samples each until one differs by 0.2. Pairs of all procedures then pass a test
+(`post.pts.confirm`, margin a third of that or as the row says, false discovery rate 5%): the fixed procedure's on 60 fresh rollouts, which are not charged to it; ours as the search does it, which is. Tokens and seconds are divided by the pairs that pass. The search is made with several seeds, and the last line gives
+the median over them with the range. With --store the rollouts are kept, and what was interrupted goes on (seconds then mean nothing).
 """
-import argparse, json, platform, random, time
+import argparse, json, platform, random, statistics, time
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 
 from phi4_ref.post import pts
 
+TESTED = dict(confirm_samples=28)
+OURS = {'bisection': TESTED, 'every token': TESTED | dict(segments='complete'), '8 segments': TESTED | dict(segments=8), 'confirmed on 40 fresh ones': dict(confirm_samples=40, fresh=True), 'margin 0': TESTED | dict(margin=0.), 'not confirmed': {}}
 NUMBERS = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: ' '.join(map(str, ids)))
 P_GAP, FIXED, MARGIN, BAND = .2, 50, .2 / 3, (.2, .8)
 
@@ -69,8 +72,8 @@ def random_tree(rng, depth):
 
 
 def known_truth(n, seeds):
-    print(f'{n} trees, {seeds} seeds' + f'\n{"":34} {"pairs":>6} {"recall":>7} {"< 0.1":>7} {"< 0.2":>7} {"tokens / pair >= 0.1":>21}')
-    arms = {'fixed 50, bisection': None, 'ours, bisection, not confirmed': dict(n_fresh=0), 'ours, bisection': dict(n_fresh=40), 'ours, bisection, margin 0': dict(n_fresh=40, margin=0.), 'ours, 8 segments': dict(n_fresh=40, segments=8), 'ours, every token': dict(n_fresh=40, segments='complete')}
+    print(f'{n} trees, {seeds} seeds' + f'\n{"":36} {"pairs":>6} {"recall":>7} {"< 0.1":>7} {"< 0.2":>7} {"tokens / pair >= 0.1":>21}')
+    arms = {'fixed 50, bisection': None, **{f'ours, {name}': settings for name, settings in OURS.items()}}
     sums = {name: [0] * 6 for name in arms}  # pairs, true pivots, found of them, below the margin, below p_gap, tokens
     for seed in range(seeds):
         rng, trees = random.Random(seed), {}
@@ -96,7 +99,7 @@ def known_truth(n, seeds):
             reported = {(str(prefix), token): abs(at(prefix + [token]) - at(prefix)) for prefix, token in pairs if token in pts.tree_at(trees[prefix[0]][1], prefix[1:])}
             for k, x in enumerate((len(reported), len(true), len(true & set(reported)), *(sum(change < least for change in reported.values()) for least in (MARGIN, P_GAP)), tokens)): sums[name][k] += x
     for name, (pairs, true, both, below, small, tokens) in sums.items():
-        print(f'{name:34} {pairs:6} {both / max(1, true):7.2f} {below / max(1, pairs):7.1%} {small / max(1, pairs):7.1%} {tokens / max(1, pairs - below):21,.0f}')
+        print(f'{name:36} {pairs:6} {both / max(1, true):7.2f} {below / max(1, pairs):7.1%} {small / max(1, pairs):7.1%} {tokens / max(1, pairs - below):21,.0f}')
 
 
 # --- a model
@@ -137,25 +140,36 @@ def on_model(args):
     questions = questions[:args.questions]
     prompts, stops = [question_ids(tokenizer, q["question"]) for q in questions], end_ids(peer, tokenizer)
     sampler = pts.model_sampler(model, stops)
-    def timed(work): start = time.perf_counter(); return work(), time.perf_counter() - start
-    results = {}
-    (found, totals), seconds = timed(lambda: fixed_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total))
-    verdicts = pts.confirm(found, pts.Sampling(sampler, tokenizer, answer_oracle, args.max_total, 'test'), 60, MARGIN)
-    q, _ = pts.passing(verdicts, .05, 0)
-    results['fixed 50, our engine'] = len(found), sum(x <= .05 for x in q), totals['generated_tokens'], seconds
-    few = max(1, len(questions) // 10)
-    (_, part), seconds = timed(lambda: fixed_search(questions[:few], prompts[:few], generate_sampler(peer, tokenizer, stops), tokenizer, answer_oracle, args.max_total))
-    results[f'fixed 50, generate (speed of {few})'] = len(found), results['fixed 50, our engine'][1], totals['generated_tokens'], totals['generated_tokens'] * seconds / part['generated_tokens']
-    for name, settings in {'ours, bisection': dict(n_fresh=40), 'ours, bisection, margin 0': dict(n_fresh=40, margin=0.), 'ours, every token': dict(n_fresh=40, segments='complete')}.items():
-        (pairs, _, counts), seconds = timed(lambda: our_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, n_samples=args.samples, filter_samples=args.samples, **settings))
-        results[name] = counts['candidates'], len(pairs), counts['generated_tokens'], seconds
-        print(name, {k: counts[k] for k in ('in_band', 'tokens', 'eligible_tokens', 'candidates', 'pairs', 'null_pairs', 'confirming_tokens', 'generated_tokens')})
-    print(f'\ntorch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, {len(questions)} questions')
-    print(f'{"":34} {"proposed":>8} {"confirmed":>9} {"tokens":>11} {"tokens / pair":>13} {"s / pair":>9} {"tokens ratio":>12}')
+    if args.store: sampler = pts.stored(sampler, args.store, str(folder))
+    few, timed, results = max(1, len(questions) // 10), SimpleNamespace(start=0.), {}  # name -> [proposed, confirmed, tokens, seconds] of each seed
+    def clock(): timed.start, last = time.perf_counter(), timed.start; return timed.start - last
+    for seed in range(args.seeds):
+        clock()
+        found, totals = fixed_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, seed)
+        seconds = clock()
+        verdicts = pts.confirm(found, pts.Sampling(sampler, tokenizer, answer_oracle, args.max_total, f'test {seed}'), 60, MARGIN, sure=.025, fresh=True)
+        kept = sum(x <= .05 for x in pts.passing(verdicts, .05, 0)[0]) if found else 0
+        results.setdefault('fixed 50, our engine', []).append((len(found), kept, totals['generated_tokens'], seconds))
+        if not seed:
+            clock()
+            part = fixed_search(questions[:few], prompts[:few], generate_sampler(peer, tokenizer, stops), tokenizer, answer_oracle, args.max_total)[1]
+            rate = clock() / part['generated_tokens']
+        results.setdefault(f'fixed 50, generate (speed of {few})', []).append((len(found), kept, totals['generated_tokens'], totals['generated_tokens'] * rate))
+        for name, settings in OURS.items():
+            clock()
+            pairs, _, counts = our_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, n_samples=args.samples, filter_samples=args.samples, seed=seed, **settings)
+            results.setdefault(f'ours, {name}', []).append((counts['candidates'], len(pairs), counts['generated_tokens'], clock()))
+            print(seed, name, {k: counts[k] for k in ('in_band', 'tokens', 'eligible_tokens', 'candidates', 'pairs', 'confirming_tokens', 'generated_tokens')}, flush=True)
+    print(f'\ntorch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, {len(questions)} questions, {args.seeds} seeds')
+    print(f'{"":36} {"proposed":>8} {"confirmed":>9} {"tokens":>11} {"tokens / pair":>13} {"s / pair":>9} {"tokens ratio":>20}')
     base = results['fixed 50, our engine']
-    for name, (proposed, kept, tokens, seconds) in results.items():
-        print(f'{name:34} {proposed:8} {kept:9} {tokens:11,} {tokens / max(1, kept):13,.0f} {seconds / max(1, kept):9.2f} {base[2] / max(1, base[1]) / (tokens / max(1, kept)):12.1f}')
-    print(f"ratio: {base[2] / max(1, base[1]) * results['ours, bisection'][1] / results['ours, bisection'][2]:.1f}")
+    for name, rows in results.items():
+        proposed, kept, tokens, seconds = map(sum, zip(*rows))
+        ratios = [b[2] / max(1, b[1]) / (r[2] / max(1, r[1])) for b, r in zip(base, rows)]
+        whole = f'{statistics.median(ratios):.1f} ({min(ratios):.1f}-{max(ratios):.1f})'
+        print(f'{name:36} {proposed:8} {kept:9} {tokens:11,} {tokens / max(1, kept):13,.0f} {seconds / max(1, kept):9.2f} {"" if name == "ours, not confirmed" else whole:>20}')
+        if name == 'ours, bisection': last = whole
+    print(f'ratio: {last}')
 
 
 if __name__ == '__main__':
@@ -163,6 +177,7 @@ if __name__ == '__main__':
     parser.add_argument('--run', default='runs/toy'); parser.add_argument('--model'); parser.add_argument('--data')
     parser.add_argument('--question-column', default='question'); parser.add_argument('--answer-column', default='answer')
     parser.add_argument('--questions', type=int, default=60); parser.add_argument('--samples', type=int, default=12); parser.add_argument('--max-total', type=int, default=160)
+    parser.add_argument('--seeds', type=int, default=3); parser.add_argument('--store', type=Path, help='SQLite file that keeps the rollouts')
     parser.add_argument('--quick', action='store_true', help='few trees, and no model')
     args = parser.parse_args()
     if bool(args.model) != bool(args.data): raise SystemExit('pts_cost: --model and --data go together')

@@ -2,10 +2,13 @@
 
     python tests/bench/pts_experiment.py RUN [RUN ...]                        finished toy runs, one a seed
     python tests/bench/pts_experiment.py --model DIR --out DIR [--seeds 1]    another model: made first, from fine-tuning on (SmolLM2-135M-Instruct: two to three hours on one core)
+    python tests/bench/pts_experiment.py --model DIR --out DIR --data FILE    the same on your questions
 
 With --model a chat model is fine-tuned on arithmetic stories whose writers answer at once, in one expression or step by step (half, a quarter, a quarter), searched, and trained on the confirmed pivotal pairs, on the same pairs with
 their labels shuffled, on whole answers of the same rollouts at the same compute, and by a judge after the pivotal pairs. What is finished in --out is not made again.
-For either kind of model the tables are: accuracy on held-out stories at temperature 1 with paired intervals over the questions, p(success) before the pivots and the probability of the better token before and after training,
+With --data the stories are JSONL rows {question, answer} or {question, choices, answer}, answer being one of the choices: of the rows, shuffled by the seed, the first --chats fine-tune, the next --questions are searched, the next --items
+measure. Nobody judges them, so that arm is left out. Of a public set, ARC-Easy: `for r in datasets.load_dataset('allenai/ai2_arc', 'ARC-Easy')['test']: dict(question=r['question'], choices=r['choices']['text'], answer=r['choices']['text'][r['choices']['label'].index(r['answerKey'])])`.
+For any kind of model the tables are: accuracy on held-out stories at temperature 1 with paired intervals over the questions, p(success) before the pivots and the probability of the better token before and after training,
 how unlikely the pivotal tokens are, and what the search costs and finds with one setting changed. Tables are printed, and written to FILE with --table FILE.
 """
 import argparse, copy, json, math, platform, statistics
@@ -17,13 +20,14 @@ import numpy as np
 import torch
 
 from phi4_ref.eval.claims import percent, points
-from phi4_ref.eval.harness import EVAL_ITEM, evaluate, prompt_ids, stop_ids
+from phi4_ref.eval.harness import EVAL_ITEM, item_row, prompt_ids, replies, reply_text, sample_seed, stop_ids
+from phi4_ref.eval.tasks import Grade, grade
 from phi4_ref.eval.stats import mean_interval, paired_interval
 from phi4_ref.eval.report import table
 from phi4_ref.post import pts
 from phi4_ref.post.dpo import shuffle_labels, train_dpo
 from phi4_ref.post.judge import ModelChat, collect_replies, judge_pairs
-from phi4_ref.records import PREFERENCE, load, load_json, save, save_json
+from phi4_ref.records import PREFERENCE, QUESTION, load, load_json, save, save_json
 from phi4_ref.run import open_checkpoint, pair_tokens
 from phi4_ref.teacher import WorldTeacher
 from phi4_ref.train.loop import TrainSettings
@@ -33,7 +37,7 @@ from phi4_ref.universe import make_problems, stream
 from phi4_ref.world import CHAT_WAYS, World, problem_row
 
 ARMS = dict(sft='SFT', dpo='pivotal DPO', dpo_shuffled='pivotal, labels shuffled', dpo_full='whole answers, same compute', final='pivotal, then judge')
-SEARCH = dict(n_samples=12, filter_samples=12, n_fresh=60, margin=.1)  # of another model; a toy run has its own
+SEARCH = dict(n_samples=12, filter_samples=12, confirm_samples=28)  # of another model; a toy run has its own
 
 
 def stories(n, seed, split='train'): return [problem_row(f'{split}-{i:04}', p) for i, p in enumerate(make_problems(n, f'experiment/{seed}', max_number=9, split=split))]
@@ -47,11 +51,27 @@ def sampler_of(folder, run, temperature=1.):
 
 # --- another model, from fine-tuning on
 
-def fine_tune(model, run, seed, chats, tokens, lr):
+def chats(n, seed):
+    "(question, reply) of arithmetic stories, each told in one of the writers' ways."
+    ways = list(CHAT_WAYS), list(CHAT_WAYS.values())
+    return [(p.question, p.say(stream(seed, 'way', i).choices(*ways)[0])) for i, p in enumerate(make_problems(n, f'chats/{seed}', max_number=9))]
+
+
+def split_data(file, seed, *sizes):
+    "QUESTION rows of a JSONL file, shuffled, in parts that do not overlap."
     rows = []
-    for i, p in enumerate(make_problems(chats, f'chats/{seed}', max_number=9)):
-        way = stream(seed, 'way', i).choices(list(CHAT_WAYS), list(CHAT_WAYS.values()))[0]
-        rows.append(dict(messages=[dict(role='user', content=p.question), dict(role='assistant', content=p.say(way))]))
+    for i, line in enumerate(open(file, encoding='utf-8')):
+        r, kind, meta, shown = json.loads(line), 'problem', {}, ''
+        if r.get('choices'): kind, meta, shown = 'mcq', dict(choices=r['choices'], label=r['choices'].index(r['answer'])), ''.join(f'\n- {c}' for c in r['choices'])
+        rows.append(dict(id=str(i), question=r['question'] + shown, answer=str(r['answer']), kind=kind, meta=meta))
+    stream(seed, 'split').shuffle(rows)
+    if len(rows) < sum(sizes): raise SystemExit(f'pts_experiment: {file} has {len(rows)} rows, fewer than --chats, --questions and --items together ({sum(sizes)})')
+    ends = np.cumsum((0, *sizes))
+    return [rows[a:b] for a, b in zip(ends, ends[1:])]
+
+
+def fine_tune(model, run, seed, said, tokens, lr):
+    rows = [dict(messages=[dict(role='user', content=question), dict(role='assistant', content=reply)]) for question, reply in said]
     model, tokenizer = open_checkpoint(model)
     print('SFT', sft(model, rows, tokenizer, TrainSettings(lr=lr, warmup_fraction=.1, seed=seed), run/'sft', tokens=tokens, context=256, batch_size=16, seed=seed, save_every=20), flush=True)
 
@@ -82,29 +102,41 @@ def judged(run, seed, questions):
     print('judge', counts, flush=True)
 
 
+def asked(folder, questions, samples, temperature, seed):
+    "EVAL_ITEM rows of generated replies; those to multiple choice too, which the harness would score by the choices' probabilities."
+    (model, tokenizer), jobs = open_checkpoint(folder), [(q, s) for q in questions for s in range(samples)]
+    ids = replies(model, [prompt_ids(q, tokenizer, True) for q, _ in jobs], [64] * len(jobs), [sample_seed(seed, 'arithmetic', q['id'], s) for q, s in jobs], stop_ids(tokenizer), temperature)
+    texts = [reply_text(i, tokenizer, True) for i in ids]
+    def graded(q, text): return Grade(*((1., 'correct') if pts.answer_oracle(q, text) else (0., 'incorrect'))) if q['kind'] == 'mcq' else grade([q], [text])[0]
+    return [item_row(q, 'arithmetic', s, temperature, graded(q, t), t, len(i), Path(folder).name) for (q, s), t, i in zip(jobs, texts, ids)]
+
+
 def make_run(model, run, seed, args):
     "A run directory of another model, with the parts of a toy run that the tables read."
     run.mkdir(parents=True, exist_ok=True)
-    train, test = stories(args.questions, seed), stories(args.items, seed, 'test')
+    if args.data:
+        shown, train, test = split_data(args.data, seed, args.chats, args.questions, args.items)
+        said = [(q['question'], q['answer']) for q in shown]
+    else: said, train, test = chats(args.chats, seed), stories(args.questions, seed), stories(args.items, seed, 'test')
+    for name, part in dict(questions=train, test=test).items(): save(run/f'{name}.parquet', part, QUESTION)
     token, full, judge = (dict(lr=args.lr * scale, kl_weight=.1, batch_size=16) for scale in (1, 1, .3))
     done = lambda name: (run/name/'config.json').exists()
-    if not done('sft'): fine_tune(model, run, seed, args.chats, args.tokens, args.sft_lr)
+    if not done('sft'): fine_tune(model, run, seed, said, args.tokens, args.sft_lr)
     if not (run/'pts'/'stats.json').exists(): search(run, seed, train)
     pairs, (_, tokenizer) = load(run/'pts'/'pairs.parquet'), open_checkpoint(run/'sft')
     whole = pts.full_length_pairs(load_json(run/'pts'/'trajectories.json'), tokenizer)
     if not done('dpo'): train_on(run, 'dpo', 'sft', pairs, 'token', seed, token, args.epochs)
     if not done('dpo_shuffled'): train_on(run, 'dpo_shuffled', 'sft', shuffle_labels(pairs, seed), 'token', seed, token, args.epochs)
     if not done('dpo_full'): train_on(run, 'dpo_full', 'sft', whole, 'full', seed, full, args.epochs * pair_tokens(pairs, 'token') / pair_tokens(whole, 'full'))
-    if not (run/'judge'/'pairs.parquet').exists(): judged(run, seed, train[:args.prompts])
-    if not done('final'): train_on(run, 'final', 'dpo', load(run/'judge'/'pairs.parquet'), 'full', seed, judge, 2)
+    if not args.data:
+        if not (run/'judge'/'pairs.parquet').exists(): judged(run, seed, train[:args.prompts])
+        if not done('final'): train_on(run, 'final', 'dpo', load(run/'judge'/'pairs.parquet'), 'full', seed, judge, 2)
     rows = []
-    for name in ARMS:
+    for name in filter(done, ARMS):
         part = run/'eval'/f'{name}.parquet'
         if not part.exists():
             part.parent.mkdir(exist_ok=True)
-            settings = dict(chat=True, max_new_tokens=64, seed=seed, name=name)
-            items = evaluate(*open_checkpoint(run/name), dict(arithmetic=test), samples=4, temperature=1., **settings) + evaluate(*open_checkpoint(run/name), dict(arithmetic=test), **settings)
-            save(part, items, EVAL_ITEM)
+            save(part, asked(run/name, test, 4, 1., seed) + asked(run/name, test, 1, 0., seed), EVAL_ITEM)
         rows += load(part)
         own = [r['correct'] for r in rows if r['model'] == name]
         print(name, f'{np.mean(own):.3f}', flush=True)
@@ -133,7 +165,7 @@ def accuracy_table(runs):
 def questions_of(run):
     "id -> QUESTION row of what was searched."
     synth = run/'synth'/'questions.parquet'
-    return {q['id']: q for q in (load(synth) if synth.exists() else stories(10_000, int(run.name.rsplit('-', 1)[1])))}
+    return {q['id']: q for q in load(synth if synth.exists() else run/'questions.parquet')}
 
 
 @cache
@@ -177,7 +209,7 @@ def tokens_table(runs):
 
 
 VARIANTS = {'as the run': {}, 'split by length': dict(split='length'), 'every token': dict(segments='complete'), 'half the rollouts a prefix': 'half', 'twice the rollouts a prefix': 'double',
-            'p_gap 0.1': dict(p_gap=.1), 'p_gap 0.3': dict(p_gap=.3), 'every question (no band)': dict(band=(0., 1.)), 'not confirmed': dict(n_fresh=0)}
+            'p_gap 0.1': dict(p_gap=.1), 'p_gap 0.3': dict(p_gap=.3), 'every question (no band)': dict(band=(0., 1.)), 'confirmed on fresh rollouts alone': dict(fresh=True), 'not confirmed': dict(confirm_samples=0)}
 
 def ablation_table(run, args):
     "One setting of the search changed at a time: cost, pairs, and accuracy after training on them."
@@ -186,7 +218,7 @@ def ablation_table(run, args):
     if (run/'synth').exists():
         from phi4_ref.config import load_config
         c = load_config(run/'config.yaml')
-        base = dict(n_samples=c.pts.samples, filter_samples=c.pts.filter_samples, n_fresh=c.pts.fresh)
+        base = dict(n_samples=c.pts.samples, filter_samples=c.pts.filter_samples, confirm_samples=c.pts.confirm_samples)
     questions, rows = [q for q in asked if q['kind'] != 'code'][:args.ablate], []
     prompts = [prompt_ids(q, tokenizer, True) for q in questions]
     for name, change in VARIANTS.items():
@@ -202,7 +234,7 @@ def ablation_table(run, args):
 
 def test_items(run, args):
     "Held-out problems, and how a run trains on pairs."
-    if not (run/'synth').exists(): return stories(args.items, int(run.name.rsplit('-', 1)[1]), 'test'), dict(lr=args.lr, kl_weight=.1, batch_size=16), args.epochs
+    if not (run/'synth').exists(): return load(run/'test.parquet'), dict(lr=args.lr, kl_weight=.1, batch_size=16), args.epochs
     from phi4_ref.config import load_config
     from phi4_ref.data.collect import load_benchmarks
     c = load_config(run/'config.yaml')
@@ -213,7 +245,7 @@ def score_after(run, name, pairs, kind, settings, epochs, test):
     part = run/'parts'/f'{name}.json'
     if not part.exists():
         train_on(run, f'parts/{name}', 'sft', pairs, kind, 0, settings, epochs)
-        save_json(part, [[r['id'], r['correct']] for r in evaluate(*open_checkpoint(part.with_suffix('')), dict(arithmetic=test), chat=True, samples=4, temperature=1., max_new_tokens=64, name=name)])
+        save_json(part, [[r['id'], r['correct']] for r in asked(part.with_suffix(''), test, 4, 1., 0)])
     return zip(*load_json(part))
 
 
@@ -243,7 +275,7 @@ def report(runs, args):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='*', type=Path)
-    parser.add_argument('--model'); parser.add_argument('--out', type=Path); parser.add_argument('--seeds', type=int, default=1)
+    parser.add_argument('--model'); parser.add_argument('--data', type=Path, help='JSONL of questions'); parser.add_argument('--out', type=Path); parser.add_argument('--seeds', type=int, default=1)
     parser.add_argument('--chats', type=int, default=600); parser.add_argument('--tokens', type=int, default=60_000); parser.add_argument('--sft-lr', type=float, default=1e-4)
     parser.add_argument('--questions', type=int, default=150); parser.add_argument('--items', type=int, default=150); parser.add_argument('--prompts', type=int, default=60)
     parser.add_argument('--lr', type=float, default=1e-5); parser.add_argument('--epochs', type=float, default=6)
