@@ -182,6 +182,7 @@ class SFT(Training):
 class PTS(Section):
     "Pivotal token search (phi-4 §4.3, Figure 4)."
     questions: PositiveInt     # put to the 0.2-0.8 filter
+    kinds: Annotated[list[Literal["problem", "mcq", "code"]], Field(min_length=1)] = ["problem", "mcq"]  # of questions; code is judged by running it
     filter_samples: Annotated[int, Field(ge=2)]  # completions per question in the filter
     samples: Annotated[int, Field(ge=2)]         # completions per estimate of p(success)
     trajectories: PositiveInt  # searched per kept question
@@ -230,9 +231,14 @@ class DPO(Section):
 # %% ../nbs/01_config.ipynb #13fa1d2f
 class PivotalDPO(DPO):
     "DPO stage 1, with the controls the result is compared with."
-    counts: dict[Literal["pts", "refusal"], PositiveInt] | None = None
+    counts: dict[Literal["pts", "problem", "mcq", "code", "refusal"], PositiveInt] | None = None  # pts: pivotal pairs of all kinds of questions
     rows: Literal["pair", "trajectory"] = "pair"  # of a batch: a pair, or all pairs of one trajectory
     controls: list[Literal["shuffled", "full"]]  # shuffled labels; full-length pairs at the same compute
+
+    @model_validator(mode="after")
+    def _once(self):
+        if "pts" in (self.counts or {}) and {"problem", "mcq", "code"} & set(self.counts): raise ValueError("counts asks for pts and for kinds of it: give pts, or the kinds")
+        return self
 
 class JudgeDPO(DPO):
     "DPO stage 2 (phi-4 App. A.2)."

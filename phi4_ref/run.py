@@ -307,7 +307,7 @@ def pts(c, inputs, out):
     from phi4_ref.eval.harness import prompt_ids, stop_ids
     from phi4_ref.post.pts import model_sampler, search, stored, trace
     model, tokenizer = open_checkpoint(inputs["sft"], **c.compute)
-    p, questions = c.pts, [q for q in load(inputs["synth"]/"questions.parquet", QUESTION) if q["kind"] != "code"][:c.pts.questions]
+    p, questions = c.pts, [q for q in load(inputs["synth"]/"questions.parquet", QUESTION) if q["kind"] in c.pts.kinds][:c.pts.questions]
     sampler = stored(model_sampler(model, stop_ids(tokenizer), p.temperature), out/"rollouts.sqlite", f"sft, temperature {p.temperature}")
     pairs, trajectories, counts = search(questions, [prompt_ids(q, tokenizer, True) for q in questions], sampler, tokenizer, max_total=p.max_total, n_samples=p.samples,
         filter_samples=p.filter_samples, trajectories=p.trajectories, p_gap=p.p_gap, band=(p.low, p.high), segments=p.segments, confirm_samples=p.confirm_samples, fdr=p.fdr, seed=c.seed)
@@ -363,13 +363,13 @@ def mixed(
     section,           # `DPO`: counts and refusal_fraction
     seed:int,
 )->list[dict]:         # what is trained on
-    "Pairs by source, with a share of refusal pairs (phi-4 §4.2, App. A.1, Tables 7 and 8)."
+    "Pairs by source or kind of question, with a share of refusal pairs (phi-4 §4.2, App. A.1, Tables 7 and 8)."
     from phi4_ref.post.dpo import largest_mixture, mix, mixture
     file = inputs["sft_data"]/"refusal_pairs.parquet"
     refused = load(file, PREFERENCE) if file.exists() else []
     if counts := section.counts:
-        sources = {name: [row for row in pairs + refused if row["source"] == name] for name in counts}
-        if missing := [name for name, rows in sources.items() if not rows]: raise ValueError(f"counts asks for pairs of source {', '.join(missing)}, and this run has none: leave it out")
+        sources = {name: [row for row in pairs + refused if name in (row["source"], row["meta"].get("kind"))] for name in counts}
+        if missing := [name for name, rows in sources.items() if not rows]: raise ValueError(f"counts asks for pairs of {', '.join(missing)}, and this run has none: leave it out")
         pairs = mixture(sources, counts, min(sum(counts.values()), largest_mixture(sources, counts)), seed)
     return mix(pairs, refused, section.refusal_fraction, seed)
 

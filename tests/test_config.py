@@ -60,8 +60,10 @@ REFUSED = {
     "dpo.label_smoothing=0.1": "toy.yaml: dpo: label_smoothing 0.1 is for the losses cdpo and robust, and loss is sigmoid",
     "judge.gamma=2": "toy.yaml: judge: gamma 2.0 is for the loss simpo, and loss is sigmoid",
     "judge.rows=pair": "toy.yaml: judge.rows: unknown key; known keys: batch_size",
-    "dpo.counts.maths=3": "toy.yaml: dpo.counts.maths: Input should be 'pts' or 'refusal' (got 'maths')",
+    "dpo.counts.maths=3": "toy.yaml: dpo.counts.maths: Input should be 'pts', 'problem', 'mcq', 'code' or 'refusal' (got 'maths')",
     "dpo.counts={pts: 90, refusal: 10}": "toy.yaml: dpo: counts says how many refusal pairs, and so does refusal_fraction 0.05: set it to 0, or leave refusal out of counts",
+    "dpo.counts={pts: 90, code: 10}": "toy.yaml: dpo: counts asks for pts and for kinds of it: give pts, or the kinds",
+    "pts.kinds=[maths]": "toy.yaml: pts.kinds.0: Input should be 'problem', 'mcq' or 'code' (got 'maths')",
     "judge.counts={pts: 90}": "toy.yaml: judge.counts.pts: Input should be 'judge_accuracy', 'judge_overall' or 'refusal'",
     "judge.models=[teacher, gpt]": "toy.yaml: judge.models.1: Input should be 'teacher', 'sft' or 'dpo' (got 'gpt')",
     "judge.models=[]": "toy.yaml: judge.models: List should have at least 1 item",
@@ -242,7 +244,8 @@ def test_phi4_14b_is_the_papers():
     assert big.midtrain.long_tokens == paper.MIDTRAINING["long_over"] and big.midtrain.lr == pytest.approx(paper.MIDTRAINING["lr_ratio"] * big.pretrain.lr)
     assert (big.sft.lr, big.sft.tokens) == (paper.SFT["lr"], paper.SFT["tokens"])
     assert (big.pts.low, big.pts.high) == (paper.PTS["p_min"], paper.PTS["p_max"])
-    for section in (big.dpo, big.judge): assert paper.DPO["safety_fraction_min"] <= section.refusal_fraction <= paper.DPO["safety_fraction_max"] and (section.kl_weight, section.loss, section.lora_rank, section.nll_weight) == (0, "sigmoid", 0, 0)
+    assert big.dpo.counts == dict(problem=paper.TABLE_7["math"], code=paper.TABLE_7["python"], refusal=paper.TABLE_7["unknown + safety"])
+    for section, safety in ((big.dpo, big.dpo.counts["refusal"] / sum(big.dpo.counts.values())), (big.judge, big.judge.refusal_fraction)): assert paper.DPO["safety_fraction_min"] <= safety <= paper.DPO["safety_fraction_max"] and (section.kl_weight, section.loss, section.lora_rank, section.nll_weight) == (0, "sigmoid", 0, 0)
     assert big.judge.counts == {f"judge_{kind}": paper.TABLE_8[f"any-vs-any {kind}"] for kind in ("accuracy", "overall")}
 
 

@@ -443,13 +443,15 @@ def test_the_defaults_of_a_run_are_the_papers_loss_and_each_setting_is_heard(tin
 
 
 def test_a_run_counts_its_pairs_by_source(tiny_run, tmp_path):
-    pairs, section = [dict(source='pts', i=i) for i in range(90)], load_config('toy').dpo
+    pairs, section = [dict(source='pts', i=i, meta=dict(kind='code' if i % 3 else 'problem')) for i in range(90)], load_config('toy').dpo
     records.save(tmp_path/'refusal_pairs.parquet', [r | dict(source='refusal') for r in some_pairs(40)], records.PREFERENCE)
     mixed = lambda **more: Counter(r['source'] for r in run.mixed(pairs, dict(sft_data=tmp_path), section.model_copy(update=more), 0))
     assert mixed() == dict(pts=90, refusal=5) and mixed(counts=dict(pts=60)) == dict(pts=60, refusal=3)
     assert mixed(counts=dict(pts=60, refusal=12), refusal_fraction=0.) == dict(pts=60, refusal=12)
     assert mixed(counts=dict(pts=6000, refusal=1200), refusal_fraction=0.) == dict(pts=90, refusal=18)  # fewer than wished: in proportion
-    with pytest.raises(ValueError, match='source judge_overall, and this run has none'): mixed(counts=dict(judge_overall=3, pts=4))
+    by_kind = run.mixed(pairs, dict(sft_data=tmp_path), section.model_copy(update=dict(counts=dict(problem=10, code=50, refusal=3), refusal_fraction=0.)), 0)
+    assert Counter(r['meta']['kind'] if r['source'] == 'pts' else 'refusal' for r in by_kind) == dict(problem=10, code=50, refusal=3)
+    with pytest.raises(ValueError, match='pairs of judge_overall, and this run has none'): mixed(counts=dict(judge_overall=3, pts=4))
 
 
 def test_trajectories_in_a_run_read_fewer_tokens_for_the_same_pairs(tiny_run, tmp_path):

@@ -322,7 +322,7 @@ def preference(
     "One pivot as a preference row: prompt with prefix, single-token chosen and rejected (phi-4 §4.3)."
     i, (chosen, chosen_nk), (rejected, rejected_nk) = pair['position'], pair['chosen'], pair['rejected']
     prompt_ids, before, after = case.prompt + case.tokens[:i], ratio(pair['before']), ratio(pair['after'])
-    meta = dict(question_id=case.question['id'], position=i, logprob=case.logprobs[i],
+    meta = dict(question_id=case.question['id'], kind=case.question.get('kind'), position=i, logprob=case.logprobs[i],
                 n_before=pair['before'][0], k_before=pair['before'][1], n_after=pair['after'][0], k_after=pair['after'][1],
                 n_chosen=chosen_nk[0], k_chosen=chosen_nk[1], n_rejected=rejected_nk[0], k_rejected=rejected_nk[1],
                 pivot_token=tokenizer.decode([case.tokens[i]]), pivot_token_id=case.tokens[i],

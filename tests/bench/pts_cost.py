@@ -1,6 +1,6 @@
 """What a confirmed pivotal pair costs: this project's search against a fixed number of samples at every step, one prefix at a time.
 
-    python tests/bench/pts_cost.py [--run runs/toy] [--questions 60] [--seeds 3] [--quick]
+    python tests/bench/pts_cost.py [--run runs/toy] [--questions 120] [--seeds 3] [--quick]
     python tests/bench/pts_cost.py --model DIR-OR-NAME --data FILE.jsonl [--question-column question] [--answer-column answer] [--max-total 256] [--store FILE]
 
 First on trees whose truth is known: recall of the true pivots of the trajectories (a change of p(success) of 0.2 or more), share of false ones among those reported, tokens for each true pivot reported.
@@ -89,7 +89,7 @@ def known_truth(n, seeds):
                 pairs, cases = [(c.prompt + c.tokens[:r['position']], c.tokens[r['position']]) for c, r in found], {str(c.prompt): c.tokens for c, _ in found}
                 tokens = totals['generated_tokens']
             else:
-                rows, trajectories, counts = our_search(questions, prompts, sampler, NUMBERS, oracle, 24, n_samples=12, filter_samples=12, seed=seed, **settings)
+                rows, trajectories, counts = our_search(questions, prompts, sampler, NUMBERS, oracle, 24, n_samples=12, filter_samples=16, seed=seed, **settings)
                 pairs, cases, tokens = [(r['prompt_ids'], r['meta']['pivot_token_id']) for r in rows], {str(t['prompt_ids']): t['tokens'] for t in trajectories}, counts['generated_tokens']
             true = set()  # pivots of the trajectories before their last token, where a pair can be made
             for prompt, ids in cases.items():
@@ -157,7 +157,7 @@ def on_model(args):
         results.setdefault(f'fixed 50, generate (speed of {few})', []).append((len(found), kept, totals['generated_tokens'], totals['generated_tokens'] * rate))
         for name, settings in OURS.items():
             clock()
-            pairs, _, counts = our_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, n_samples=args.samples, filter_samples=args.samples, seed=seed, **settings)
+            pairs, _, counts = our_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, n_samples=12, filter_samples=16, seed=seed, **settings)
             results.setdefault(f'ours, {name}', []).append((counts['candidates'], len(pairs), counts['generated_tokens'], clock()))
             print(seed, name, {k: counts[k] for k in ('in_band', 'tokens', 'eligible_tokens', 'candidates', 'pairs', 'confirming_tokens', 'generated_tokens')}, flush=True)
     print(f'\ntorch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, {len(questions)} questions, {args.seeds} seeds')
@@ -176,7 +176,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--run', default='runs/toy'); parser.add_argument('--model'); parser.add_argument('--data')
     parser.add_argument('--question-column', default='question'); parser.add_argument('--answer-column', default='answer')
-    parser.add_argument('--questions', type=int, default=60); parser.add_argument('--samples', type=int, default=12); parser.add_argument('--max-total', type=int, default=160)
+    parser.add_argument('--questions', type=int, default=120); parser.add_argument('--max-total', type=int, default=160)
     parser.add_argument('--seeds', type=int, default=3); parser.add_argument('--store', type=Path, help='SQLite file that keeps the rollouts')
     parser.add_argument('--quick', action='store_true', help='few trees, and no model')
     args = parser.parse_args()
