@@ -1,5 +1,5 @@
-"""The GPU benchmark runs where there is no GPU, and says what it is worth there."""
-import subprocess, sys
+"""Benchmarks run: that of the GPU where there is none, saying what it is worth there; those of the search at their smallest."""
+import json, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -16,3 +16,34 @@ def test_a_slice_on_the_cpu():
     for row in ("eager attention, float32", "bfloat16 autocast", "sdpa", "flash-attn", "compiled layers", "chunked cross-entropy", "activation checkpointing"):
         assert done.stdout.count(f"\n{row:26} ") == 2, "one row for each length"
     assert done.stdout.splitlines()[-1].startswith("ratio: ")
+
+
+def test_the_cost_of_a_pair_on_trees_of_known_truth():
+    done = subprocess.run([sys.executable, BENCH / "pts_cost.py", "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {line[:36].strip(): line[36:].split() for line in done.stdout.splitlines()[2:]}
+    fixed, ours, unconfirmed = rows["fixed 50, bisection"], rows["ours, bisection"], rows["ours, not confirmed"]
+    false, tokens = (lambda row: float(row[3].strip("%"))), (lambda row: int(row[4].replace(",", "")))
+    assert tokens(ours) * 4 < tokens(fixed) and false(ours) < false(unconfirmed), "on a few trees, by much"
+
+
+def test_the_tables_of_the_experiment_from_a_finished_run(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    done = subprocess.run([sys.executable, BENCH / "pts_experiment.py", run, "--rollouts", "2", "--table", tmp_path / "table.md"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / "table.md").read_text()
+    for part in ("Held-out accuracy", "The pivots after training", "Which tokens are pivotal"): assert f"**{part}**" in text
+    assert all(f"| {arm} |" in text for arm in ("SFT", "pivotal DPO", "pivotal, labels shuffled", "whole answers, same compute", "pivotal, then judge"))
+
+
+def test_questions_of_a_file_are_split_without_overlap(tmp_path):
+    sys.path.insert(0, str(BENCH))
+    try: from pts_experiment import split_data
+    finally: sys.path.pop(0)
+    rows = [dict(question=f"q{i}", answer=str(i)) if i % 2 else dict(question=f"q{i}", choices=["a", f"c{i}"], answer=f"c{i}") for i in range(30)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    parts = split_data(tmp_path / "q.jsonl", 0, 10, 12, 8)
+    assert [len(p) for p in parts] == [10, 12, 8] and len({q["id"] for p in parts for q in p}) == 30 and parts != split_data(tmp_path / "q.jsonl", 1, 10, 12, 8)
+    chosen = next(q for p in parts for q in p if q["kind"] == "mcq")
+    assert chosen["meta"]["choices"][chosen["meta"]["label"]] == chosen["answer"] and f"- {chosen['answer']}" in chosen["question"]
+    with pytest.raises(SystemExit, match="has 30 rows"): split_data(tmp_path / "q.jsonl", 0, 20, 12, 8)
