@@ -58,6 +58,10 @@ REFUSED = {
     "dpo.loss=ppo": "toy.yaml: dpo.loss: Input should be 'sigmoid', 'ipo', 'cdpo', 'robust' or 'simpo' (got 'ppo')",
     "dpo.label_smoothing=high": "toy.yaml: dpo.label_smoothing: Input should be 'measured', or Input should be a valid number, unable to parse string as a number (got 'high')",
     "dpo.label_smoothing=0.1": "toy.yaml: dpo: label_smoothing 0.1 is for the losses cdpo and robust, and loss is sigmoid",
+    "dpo.label_smoothing=0.5": "toy.yaml: dpo.label_smoothing: Input should be 'measured', or Input should be less than 0.5 (got 0.5)",
+    "dpo.kl_weight=-1": "toy.yaml: dpo.kl_weight: Input should be greater than or equal to 0 (got -1)",
+    "dpo.nll_weight=-0.1": "toy.yaml: dpo.nll_weight: Input should be greater than or equal to 0 (got -0.1)",
+    "dpo.lora_rank=-1": "toy.yaml: dpo.lora_rank: Input should be greater than or equal to 0 (got -1)",
     "judge.gamma=2": "toy.yaml: judge: gamma 2.0 is for the loss simpo, and loss is sigmoid",
     "judge.rows=pair": "toy.yaml: judge.rows: unknown key; known keys: batch_size",
     "dpo.counts.maths=3": "toy.yaml: dpo.counts.maths: Input should be 'pts' or 'refusal' (got 'maths')",
@@ -125,6 +129,15 @@ def test_one_line_for_a_field_that_may_be_several_things():
 def test_the_losses_are_those_that_there_are():
     assert get_args(PivotalDPO.model_fields["loss"].annotation) == tuple(LOSSES) and PivotalDPO.model_fields["loss"].default == "sigmoid"
     for loss, more in (("cdpo", "dpo.label_smoothing=0.1"), ("robust", "dpo.label_smoothing=0"), ("simpo", "dpo.gamma=2"), ("ipo", "dpo.nll_weight=0.1")): load_config("toy", [f"dpo.loss={loss}", more])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_a_loss_does_not_read_is_refused(loss):
+    for field, value, readers in (("label_smoothing", 0.1, ("cdpo", "robust")), ("gamma", 2.0, ("simpo",))):
+        changes = [f"dpo.loss={loss}", f"dpo.{field}={value}"]
+        if loss in readers: assert getattr(load_config("toy", changes).dpo, field) == value
+        else:
+            with pytest.raises(ValueError, match=f"toy.yaml: dpo: {field} {value} is for the loss.*, and loss is {loss}"): load_config("toy", changes)
 
 
 def test_values_read_as_numbers_first():

@@ -104,6 +104,19 @@ def test_third_mass_is_measured_from_the_full_softmax():
     assert abs(third - by_hand) < 1e-4
 
 
+@pytest.mark.parametrize('single', [True, False])
+def test_the_log_holds_what_was_gained_times_beta_and_the_mean_of_each_side(single):
+    model, pairs = tiny(), some_pairs(6, single=single)
+    references = dpo.reference_margins(tiny(1), pairs)
+    gains = [m - r for m, r in zip(dpo.reference_margins(model, pairs), references)]
+    sums = dpo.preference_loss(.3)(model, (dpo.collate_tokens if single else dpo.collate_answers)(rows(pairs, references)))[2]
+    assert sums['margin'].item() == pytest.approx(.3 * sum(gains), rel=1e-4) and 0 < sums['accuracy'].item() == sum(g > 0 for g in gains) < 6
+    for key in ('chosen', 'rejected'):
+        answers = ((r['prompt_ids'], r[f'{key}_ids']) for r in pairs)
+        by_hand = sum(model(torch.tensor([p + a])).log_softmax(-1)[0, len(p) - 1:-1].gather(1, torch.tensor(a)[:, None]).mean().item() for p, a in answers)
+        assert sums[f'{key}_logp'].item() == pytest.approx(by_hand, rel=1e-4)
+
+
 def test_drift_is_the_divergence_over_the_prefix_and_the_merged_pivot():
     model, ref, pairs = tiny(), tiny(1), some_pairs(3)
     for r in pairs:  # two tokens that matter
