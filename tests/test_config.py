@@ -140,6 +140,18 @@ def test_what_a_loss_does_not_read_is_refused(loss):
             with pytest.raises(ValueError, match=f"toy.yaml: dpo: {field} {value} is for the loss.*, and loss is {loss}"): load_config("toy", changes)
 
 
+def test_what_a_file_leaves_out_is_the_papers_loss_and_the_plain_way():
+    values = yaml.safe_load((CONFIGS/"toy.yaml").read_text())
+    for name in ("pts", "dpo", "judge"):
+        fields = Config.model_fields[name].annotation.model_fields
+        values[name] = {k: v for k, v in values[name].items() if fields[k].is_required()}
+    left = Config(**values)
+    for section in (left.dpo, left.judge):
+        assert (section.loss, section.label_smoothing, section.gamma, section.nll_weight, section.lora_rank, section.counts, section.micro_batch_size) == ("sigmoid", "measured", 1, 0, 0, None, None)
+    assert (left.dpo.rows, left.judge.models, left.judge.other_models, left.judge.orders) == ("pair", ["teacher", "dpo"], [], 1)
+    assert (left.pts.segments, left.pts.fresh, left.pts.fdr) == (1, 0, 0.05)
+
+
 def test_values_read_as_numbers_first():
     assert [parse_value(t) for t in ("3e-4", "-2", "1e6", "[en, de]", "null", "runs/a")] == [3e-4, -2, 1e6, ["en", "de"], None, "runs/a"]
     assert override({}, ["a.b.c=1", "a.b.d=2"]) == {"a": {"b": {"c": 1, "d": 2}}}
