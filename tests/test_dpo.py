@@ -475,6 +475,28 @@ def test_trajectories_in_a_run_read_fewer_tokens_for_the_same_pairs(tiny_run, tm
     assert [run.pair_tokens(pairs, kind) for kind in ('token', 'trajectory')] == [sum(len(r['prompt_ids']) for r in pairs), sum(len(pairs[row[-1]]['prompt_ids']) for row in dpo.trajectories(pairs))]
 
 
+@pytest.mark.parametrize('rows', ['pair', 'trajectory'])
+def test_the_controls_of_a_run_read_as_much_as_the_pairs(tiny_run, tmp_path, rows):
+    records.save(tmp_path/'pts/pairs.parquet', [r | dict(prompt_ids=r['prompt_ids'] * 8) for r in on_trajectories()], records.PREFERENCE)
+    for part in ('sft_data', 'sft', 'pts/trajectories.json'): (tmp_path/part).symlink_to(tiny_run/part)
+    def log(stage): return dpo_stage(tmp_path, tmp_path/stage, f'dpo.rows={rows}', 'dpo.epochs=2', 'dpo.batch_size=1', 'dpo.refusal_fraction=0', name=stage, config=tiny_run/'config.yaml')[1]
+    pivotal, shuffled, full = map(log, ('dpo', 'dpo_shuffled', 'dpo_full'))
+    assert len(shuffled) == len(pivotal) and shuffled[-1]['tokens'] == pivotal[-1]['tokens'] and [r['loss'] for r in shuffled] != [r['loss'] for r in pivotal]
+    found = {t['question_id']: t for t in json.loads((tiny_run/'pts/trajectories.json').read_text())}
+    costs = [2 * len(t['prompt_ids']) + len(a) + len(b) for t in found.values() for a, b in zip(t['solved'], t['failed'])]
+    assert len(full) * sum(costs) / len(costs) == pytest.approx(pivotal[-1]['tokens'], abs=sum(costs) / len(costs)) and 'third_mass' not in full[0]
+
+
+@needs_peft
+def test_an_adapter_has_the_rank_and_the_strength_asked_for_and_begins_by_its_seed():
+    models = [run.with_adapter(tiny(), 4, seed) for seed in (0, 0, 1)]
+    one, again, other = ({k: v for k, v in m.state_dict().items() if 'lora_A' in k} for m in models)
+    assert len(one) == 8 and all(len(a) == 4 and a.equal(again[k]) and not a.equal(other[k]) for k, a in one.items())
+    layers = [m for m in models[0].modules() if hasattr(m, 'get_delta_weight')]
+    for m in layers: m.lora_B.default.weight.data.normal_()
+    assert len(layers) == 8 and all(torch.allclose(m.get_delta_weight('default'), 2 * m.lora_B.default.weight @ m.lora_A.default.weight) for m in layers)
+
+
 @needs_peft
 def test_adapters_in_a_run_leave_an_ordinary_checkpoint(tiny_run, tmp_path, started):
     _, log, weights = dpo_stage(tiny_run, tmp_path/'out', 'dpo.lora_rank=2', 'dpo.lr=1e-2', 'dpo.epochs=4')
