@@ -462,6 +462,8 @@ def test_a_run_counts_its_pairs_by_source(tiny_run, tmp_path):
     assert mixed() == dict(pts=90, refusal=5) and mixed(counts=dict(pts=60)) == dict(pts=60, refusal=3)
     assert mixed(counts=dict(pts=60, refusal=12), refusal_fraction=0.) == dict(pts=60, refusal=12)
     assert mixed(counts=dict(pts=6000, refusal=1200), refusal_fraction=0.) == dict(pts=90, refusal=18)  # fewer than wished: in proportion
+    drawn = lambda seed, **more: [r.get('i', r.get('id')) for r in run.mixed(pairs, dict(sft_data=tmp_path), section.model_copy(update=more), seed)]
+    for more in (dict(counts=dict(pts=60)), {}): assert drawn(1, **more) == drawn(1, **more) != drawn(2, **more)
     with pytest.raises(ValueError, match='source judge_overall, and this run has none'): mixed(counts=dict(judge_overall=3, pts=4))
 
 

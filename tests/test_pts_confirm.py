@@ -1,0 +1,152 @@
+"The test that a pivot must pass on fresh rollouts, the runs on nothing that are reported beside it, and how many rollouts both take."
+import math
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from phi4_ref.post import pts
+from phi4_ref.post.statistics import newcombe, p_value
+
+NUMBERS = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: ' '.join(map(str, ids)))
+def ends_in_1(question, text): return text.endswith(' 1')
+def coin(p): return {1: (p, True), 0: (1 - p, False)}
+
+
+def candidate(q, own, other, up=None):
+    "A question whose first token is 10 with probability q, and then right with probability `own`, else with `other`; found to rise or to fall there."
+    up = own > other if up is None else up
+    case = pts.Case(dict(id='q'), [100], [10, 1], [math.log(q), math.log(own)], True, rollouts=[(0, [10, 1], True)] * 30)
+    tree = {100: (1., {10: (q, coin(own)), 11: (1 - q, coin(other))})}
+    return tree, (case, dict(position=0, before=(10, 5), after=(10, 9 if up else 1)))
+
+
+def confirmed(trees_and_found, n_fresh=80, margin=0., seed=0, **how):
+    "The verdicts on such candidates, and the rollouts drawn: (prompt, seed)."
+    drawn, (trees, found) = [], zip(*trees_and_found)
+    for i, (case, _) in enumerate(found): case.prompt, case.question = [100 + i], dict(id=f'q{i}')
+    tree = {100 + i: t[100] for i, t in enumerate(trees)}
+    def sampler(prompts, seeds, max_total):
+        drawn.extend(zip(map(tuple, prompts), seeds))
+        return pts.tree_sampler(tree)(prompts, seeds, max_total)
+    return pts.confirm(list(found), pts.Sampling(sampler, NUMBERS, ends_in_1, 20, seed), n_fresh, margin, **how), drawn
+
+
+def test_what_is_sure_and_what_is_hopeless_is_drawn_no_further():
+    clear, nothing, faint = candidate(.5, .98, .02), candidate(.5, .3, .3, up=True), candidate(.5, .75, .4)
+    (sure, hopeless, long), _ = confirmed([clear, nothing, faint], margin=.1)
+    before = lambda v: v['n_own'] + v['n_others']
+    assert 20 <= before(sure) <= 30 and sure['p_value'] <= .025
+    assert before(hopeless) < 80 and hopeless['change'] < .1
+    assert before(long) >= 80 <= before(confirmed([clear], sure=0.)[0][0]) and long['p_value'] > .025 and long['change'] >= .1
+    assert len({before(confirmed([clear], sure=s)[0][0]) for s in (1e-4, 1e-30)}) == 2
+    falls = confirmed([candidate(.5, .02, .98)], margin=.1, sure=0.)[0][0]
+    assert falls['change'] < -.1 and before(falls) >= 80 and falls['p_value'] < 1e-6, 'a fall is followed as a rise is'
+
+
+def test_the_pivots_token_is_seen_at_least_half_as_often_as_the_prefix():
+    (rare,), drawn = confirmed([candidate(.1, .9, .1)], sure=0.)
+    behind = sum(prompt == (100, 10) for prompt, _ in drawn)
+    assert len(drawn) - behind == 80 and behind > 20 and rare['n_own'] == 40 and rare['n_own'] + rare['n_others'] == len(drawn)
+    (common,), drawn = confirmed([candidate(.9, .9, .1)], sure=0.)
+    assert len(drawn) == 80 == common['n_own'] + common['n_others'], 'seen often enough without rollouts of its own'
+
+
+def test_a_verdict_is_the_exact_test_of_its_counts_for_three_looks():
+    for q, own, other in ((.5, .95, .2), (.6, .1, .9)):
+        (v,), _ = confirmed([candidate(q, own, other)], margin=.06, sure=1.)  # one look
+        a, b, share = (v['n_own'], v['k_own']), (v['n_others'], v['k_others']), 1 - q
+        low, high = newcombe(a, b)
+        assert a[0] + b[0] < 40 and v['change'] == pytest.approx(share * (a[1] / a[0] - b[1] / b[0])) and (v['change_low'], v['change_high']) == pytest.approx((share * low, share * high))
+        assert v['p_value'] == pytest.approx(3 * p_value(*((a, b) if own > other else (b, a)), .06 / share)) and v['p_value'] < .1
+    (one_sided,), _ = confirmed([candidate(1 - 1e-12, .5, .5)], sure=1.)
+    assert one_sided['n_others'] == 0 and (one_sided['change'], one_sided['p_value']) == (0., 1.)
+
+
+def test_a_verdict_once_sure_stays_so():
+    "The best of the looks counts: each was paid for."
+    many = [candidate(.75, .75, .45) for _ in range(30)]
+    followed = confirmed(many, sure=0.)[0]
+    by_look = zip(*([v['p_value'] for v in confirmed(many, n_fresh=n, sure=1.)[0]] for n in (80, 160, 320)))  # the first look alone, at 20, 40 and 80 rollouts
+    both = [(v['p_value'], looks) for v, looks in zip(followed, by_look) if v['n_own'] + v['n_others'] == 80]
+    assert len(both) > 15 and all(p == min(looks) for p, looks in both) and any(p < looks[-1] for p, looks in both)
+
+
+def forest(n, seed=0):
+    rng = random.Random(seed)
+    return {100 + i: candidate(.5, rng.random(), rng.random())[0][100] for i in range(n)}
+
+
+def search(trees, sampler=None, seed=0, **settings):
+    return pts.search([dict(id=f'q{i}') for i in trees], [[i] for i in trees], sampler or pts.tree_sampler(trees), NUMBERS, **dict(oracle=ends_in_1, max_total=20, seed=seed) | settings)
+
+
+def test_no_rollout_of_the_search_confirms_what_it_found():
+    trees, drawn = forest(20), []
+    def sampler(prompts, seeds, max_total):
+        drawn.extend(zip(map(tuple, prompts), seeds))
+        return pts.tree_sampler(trees)(prompts, seeds, max_total)
+    search(trees, sampler)
+    found, counts = set(drawn), search(trees, sampler, n_fresh=40)[2]
+    assert counts['candidates'] > 5 and len(found) < counts['rollouts'] == len(drawn) - len(found) and found.isdisjoint(drawn[2 * len(found):])
+
+
+def test_the_margin_is_the_one_given_or_a_third_of_the_gap():
+    def of(**kw): return {round(r['meta']['margin'], 9) for r in search(forest(12), n_fresh=8, fdr=1., **kw)[0]}
+    assert of(p_gap=.3) == {.1} and of(p_gap=.3, margin=.04) == {.04} and of(margin=0.) == {0}
+    for bad in (1., -.01):
+        with pytest.raises(ValueError, match='margin=.* must be in'): search(forest(2), margin=bad)
+
+
+def test_a_search_without_confirmation_draws_nothing_more():
+    pairs, _, counts = search(forest(12))
+    assert counts['confirming_tokens'] == 0 and 'null_pairs' not in counts and counts['pairs'] == counts['candidates'] > 2 and 'p_value' not in pairs[0]['meta']
+    more = search(forest(12), n_fresh=8)[2]
+    assert more['confirming_tokens'] == more['generated_tokens'] - counts['generated_tokens'] > 0
+
+
+def verdict(n, own, others, p, side=1): return dict(n_own=n, k_own=own, n_others=n, k_others=others, side=side, share=.5, margin=.05, p_value=p)
+
+
+def test_the_false_discovery_rate_decides_over_all_candidates():
+    "Benjamini and Hochberg by hand: 4 tests at 0.05."
+    p = [.04, .001, .9, .02]
+    kept, _ = pts.confirmed([dict(id=i, meta=dict(position=i)) for i in range(4)], [verdict(20, 15, 5, x) for x in p], .05, 0)
+    assert [r['id'] for r in kept] == [1, 3] and [r['meta']['q_value'] for r in kept] == pytest.approx([.004, .04])
+    assert kept[0]['meta']['p_value'] == .001 and kept[0]['meta'].keys() == {'position', 'n_own', 'k_own', 'n_others', 'k_others', 'margin', 'p_value', 'q_value'}
+    assert len(pts.confirmed([dict(meta={})] * 4, [verdict(20, 15, 5, x) for x in p], 1., 0)[0]) == 4
+
+
+def test_a_null_run_shuffles_the_successes_among_the_rollouts():
+    found = [verdict(20, 19, 1, 1e-6)] * 10
+    assert pts.passing(found, .05, 0)[1] < .5 and pts.passing(found, 1., 0)[1] == 10 and pts.passing([], .05, 0) == ([], 0.)
+    p = pts.null_p_values([verdict(20, 12, 8, .1), verdict(40, 30, 10, .1) | dict(n_others=10, k_others=2)] * 20, 0)
+    assert p.shape == (20, 40) and (p > 0).all() and (p <= 1).all() and len(np.unique(p)) > 4
+    assert (p == pts.null_p_values([verdict(20, 12, 8, .1), verdict(40, 30, 10, .1) | dict(n_others=10, k_others=2)] * 20, 0)).all()
+    others = [pts.null_p_values([verdict(20, 12, 8, .1)] * 20, seed) for seed in (0, 1)]
+    assert (others[0] != others[1]).any()
+    assert (pts.null_p_values([verdict(20, 12, 8, .1) | dict(margin=.45)] * 20, 0) > .5).all(), 'what is to be exceeded is the margin of the test'
+    even = pts.null_p_values([verdict(40, 20, 20, 1.) | dict(margin=0.)] * 100, 0)
+    assert (even <= .05).mean() <= .05 and (even <= .3).any()
+
+
+def test_chance_is_right_as_often_as_the_question_was_and_repeats_itself():
+    trajectories = [dict(question_id=f'q{i}', estimates=[[0, 10, k], [1, 10, 10]]) for i, k in enumerate((2, 8, 5, 5))]
+    def says(i, seed=0, n=1000, text=' 1'):
+        chance = pts.chance_oracle(trajectories, seed)
+        return [chance(dict(id=f'q{i}'), text) for _ in range(n)]
+    assert [sum(says(i)) / 1000 for i in range(3)] == pytest.approx([.2, .8, .5], abs=.07)
+    assert says(2) == says(2, text=' 0') != says(3) and says(2) != says(2, seed=1)
+
+
+def test_a_search_on_nothing_is_that_search_with_chance_for_an_oracle():
+    trees = forest(30)
+    questions, prompts, sampler, settings = [dict(id=f'q{i}') for i in trees], [[i] for i in trees], pts.tree_sampler(trees), dict(max_total=20, n_fresh=8, seed=3)
+    _, trajectories, counts = search(trees, **settings)
+    searched = {t['question_id'] for t in trajectories}
+    assert 5 < len(searched) < len(trees)
+    kept = {i: t for i, t in trees.items() if f'q{i}' in searched}
+    null = pts.null_search(questions, prompts, trajectories, sampler, NUMBERS, **settings)
+    assert null == search(kept, oracle=pts.chance_oracle(trajectories, 3), band=(0., 1.), **settings)[2]
+    assert null == pts.null_search(questions, prompts, trajectories, sampler, NUMBERS, oracle=ends_in_1, band=(.2, .8), **settings), 'the settings of the search, whole'
