@@ -455,6 +455,11 @@ def test_the_defaults_of_a_run_are_the_papers_loss_and_each_setting_is_heard(tin
     for i, changes in enumerate([['dpo.loss=cdpo'], ['dpo.loss=cdpo', 'dpo.label_smoothing=0.3'], ['dpo.nll_weight=0.5'], ['dpo.counts.pts=9'], ['dpo.beta=0.5']]): assert not same(str(i), *changes), changes
 
 
+def test_the_weight_of_the_divergence_in_a_run_is_the_one_given(tiny_run, tmp_path):
+    logs = [dpo_stage(tiny_run, tmp_path/str(w), 'dpo.epochs=3', 'dpo.batch_size=4', 'dpo.lr=1e-2', f'dpo.kl_weight={w}')[1] for w in (0, 1, 9)]
+    assert ['kl' in log[0] for log in logs] == [False, True, True] and len({log[-1]['loss'] for log in logs}) == 3
+
+
 def test_a_run_counts_its_pairs_by_source(tiny_run, tmp_path):
     pairs, section = [dict(source='pts', i=i) for i in range(90)], load_config('toy').dpo
     records.save(tmp_path/'refusal_pairs.parquet', [r | dict(source='refusal') for r in some_pairs(40)], records.PREFERENCE)
@@ -463,7 +468,7 @@ def test_a_run_counts_its_pairs_by_source(tiny_run, tmp_path):
     assert mixed(counts=dict(pts=60, refusal=12), refusal_fraction=0.) == dict(pts=60, refusal=12)
     assert mixed(counts=dict(pts=6000, refusal=1200), refusal_fraction=0.) == dict(pts=90, refusal=18)  # fewer than wished: in proportion
     drawn = lambda seed, **more: [r.get('i', r.get('id')) for r in run.mixed(pairs, dict(sft_data=tmp_path), section.model_copy(update=more), seed)]
-    for more in (dict(counts=dict(pts=60)), {}): assert drawn(1, **more) == drawn(1, **more) != drawn(2, **more)
+    for more in (dict(counts=dict(pts=60), refusal_fraction=0.), {}): assert drawn(1, **more) == drawn(1, **more) != drawn(2, **more)
     with pytest.raises(ValueError, match='source judge_overall, and this run has none'): mixed(counts=dict(judge_overall=3, pts=4))
 
 
@@ -487,6 +492,14 @@ def test_the_controls_of_a_run_read_as_much_as_the_pairs(tiny_run, tmp_path, row
     found = {t['question_id']: t for t in json.loads((tiny_run/'pts/trajectories.json').read_text())}
     costs = [2 * len(t['prompt_ids']) + len(a) + len(b) for t in found.values() for a, b in zip(t['solved'], t['failed'])]
     assert len(full) * sum(costs) / len(costs) == pytest.approx(pivotal[-1]['tokens'], abs=sum(costs) / len(costs)) and 'third_mass' not in full[0]
+
+
+@pytest.mark.parametrize('stage, begun', [('stage2_only', 'sft'), ('final', 'dpo')])
+def test_stage_2_begins_at_its_checkpoint_and_reads_its_own_section(tiny_run, tmp_path, stage, begun):
+    counts, log, weights = dpo_stage(tiny_run, tmp_path/'out', 'judge.lr=1e-12', 'judge.epochs=3', 'judge.batch_size=4', 'judge.loss=ipo', 'judge.beta=0.5', name=stage)
+    one, other = (run.open_checkpoint(tiny_run/name)[0].state_dict() for name in (begun, {'sft': 'dpo', 'dpo': 'sft'}[begun]))
+    assert all(torch.allclose(v, one[k], rtol=0, atol=1e-9) for k, v in weights.items()) and not all(torch.allclose(v, other[k], rtol=0, atol=1e-9) for k, v in weights.items())
+    assert len(log) == round(3 * counts['pairs'] / 4) and log[0]['loss'] == pytest.approx(1., rel=1e-3) and counts['pairs'] == len(records.load(tiny_run/'judge/pairs.parquet'))
 
 
 @needs_peft

@@ -182,6 +182,26 @@ def test_a_run_takes_replies_of_several_models_and_judges_twice(tiny_run, tmp_pa
     assert sorted(r['source'] for r in pairs) == ['judge_accuracy'] * 4 + ['refusal'] * 2
 
 
+def test_a_run_asks_as_the_section_says(tiny_run, tmp_path):
+    def replies(out, *changes):
+        counts, pairs, _ = judge_stage(tiny_run, tmp_path/out, 'judge.refusal_fraction=0', *changes)
+        return pairs, counts
+    written = lambda rows: {tuple(r[f'{side}_ids']) for r in rows for side in ('chosen', 'rejected') if r['meta'][f'{side}_model'] == 'dpo'}
+    plain, counts = replies('plain')
+    assert counts['prompts'] == 12 and replies('few', 'judge.prompts=5')[1]['prompts'] == 5
+    assert max(map(len, written(plain))) > 4 >= max(map(len, written(replies('short', 'judge.max_new_tokens=3')[0])))  # <|im_end|> is added
+    assert written(replies('cold', 'judge.temperature=0.01')[0]) != written(plain)
+
+
+def test_a_run_shows_replies_in_an_order_of_its_seed(tiny_run, tmp_path, monkeypatch):
+    fixed = [[dict(model=m, text=f'{m} says {i}.') for m in 'abcd'] for i in range(12)]
+    monkeypatch.setattr(judge, 'collect_replies', lambda *args, **kw: fixed)
+    shown = []
+    monkeypatch.setattr(judge, 'judge_prompt', lambda messages, texts, plain=judge.judge_prompt: shown.append(texts) or plain(messages, texts))
+    for i, seed in enumerate((0, 0, 1)): judge_stage(tiny_run, tmp_path/str(i), f'seed={seed}')
+    assert shown[:12] == shown[12:24] != shown[24:] and len(shown) == 36
+
+
 def test_further_models_answer_where_the_teacher_is_served(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'any')
     remote = load_config('small', ['judge.other_models=[second, third]', 'judge.models=[teacher, dpo]', 'judge.samples=3'])
