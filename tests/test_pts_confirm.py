@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from phi4_ref import run
+from phi4_ref.config import load_config
 from phi4_ref.post import pts
 from phi4_ref.post.statistics import newcombe, p_value
+from phi4_ref.records import load, load_json
 
 NUMBERS = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: ' '.join(map(str, ids)))
 def ends_in_1(question, text): return text.endswith(' 1')
@@ -150,3 +153,19 @@ def test_a_search_on_nothing_is_that_search_with_chance_for_an_oracle():
     null = pts.null_search(questions, prompts, trajectories, sampler, NUMBERS, **settings)
     assert null == search(kept, oracle=pts.chance_oracle(trajectories, 3), band=(0., 1.), **settings)[2]
     assert null == pts.null_search(questions, prompts, trajectories, sampler, NUMBERS, oracle=ends_in_1, band=(.2, .8), **settings), 'the settings of the search, whole'
+
+
+def test_a_run_searches_as_its_section_says(tiny_run, tmp_path):
+    def found(out, *changes):
+        stage, config = next(s for s in run.STAGES if s.name == 'pts'), load_config(tiny_run/'config.yaml', list(changes))
+        counts = stage.make(stage.view(config), {name: tiny_run/name for name in stage.inputs}, tmp_path/out)
+        return counts, load_json(tmp_path/out/'trajectories.json'), load(tmp_path/out/'pairs.parquet')
+    plain, before = load_json(tiny_run/'pts'/'stats.json'), {t['question_id']: t for t in load_json(tiny_run/'pts'/'trajectories.json')}
+    rate = lambda t: t['estimates'][0][2] / t['estimates'][0][1]
+    assert 'null_pairs' not in plain and plain['confirming_tokens'] == 0 and max(map(rate, before.values())) > .2
+    counts, rows, pairs = found('more', 'pts.fresh=4', 'pts.fdr=1', 'pts.segments=3', 'pts.high=0.2')
+    assert counts['confirming_tokens'] > 0 and counts['pairs'] == counts['candidates'] == counts['null_pairs'] == len(pairs) > 0 and all('q_value' in r['meta'] for r in pairs)
+    assert max(map(rate, rows)) <= .2 and sum(len(t['estimates']) for t in rows) > sum(len(before[t['question_id']]['estimates']) for t in rows)
+    counts, rows, _ = found('cold', 'pts.temperature=0.1', 'pts.p_gap=0.5', 'pts.trajectories=2')
+    assert len(rows) == 2 * counts['in_band'] > 0 and min(np.mean(t['logprobs']) for t in rows) > min(np.mean(t['logprobs']) for t in before.values()) + .2
+    assert counts['eligible_tokens'] == sum(not pts.certified([p], .5) for t in rows for p in t['logprobs'])
