@@ -228,7 +228,8 @@ def test_parts_read_like_copies(a, b, start, stop):
 def test_the_fingerprint_of_a_choice_is_of_what_was_chosen():
     "Equal sizes, other documents: a run begun on one refuses the others."
     same = make_store([[1, 2], [3, 4], [1, 2]], 2000)
-    chosen = [PickedStore(same, [0, 1]), PickedStore(same, [1, 0]), PartStore(same, 0, 2), PartStore(same, 1, 3), cut(same, 1), cut(same, 2), same]
+    chosen = [PickedStore(same, [0, 1]), PickedStore(same, [1, 0]), PartStore(same, 0, 2), PartStore(same, 1, 3), cut(same, 1), cut(same, 2), same,
+              cut(make_store([[1, 2], [3, 4], [5, 6]], 2000), 2)]
     assert len({store.fingerprint for store in chosen}) == len(chosen)
     assert PickedStore(same, [0, 1]).fingerprint == chosen[0].fingerprint and PartStore(same, 0, 2).fingerprint == chosen[2].fingerprint
 
