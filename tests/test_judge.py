@@ -205,9 +205,9 @@ def test_a_run_shows_replies_in_an_order_of_its_seed(tiny_run, tmp_path, monkeyp
 def test_further_models_answer_where_the_teacher_is_served(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'any')
     remote = load_config('small', ['judge.other_models=[second, third]', 'judge.models=[teacher, dpo]', 'judge.samples=3'])
-    c = SimpleNamespace(seed=0, collect=remote.collect, teacher=remote.teacher, judge=remote.judge, compute={})
+    c = SimpleNamespace(seed=0, collect=remote.collect, teacher=remote.teacher, judge=remote.judge, compute=dict(attention='eager'))
     answering = run.answering(c, {'dpo': tiny_run/'dpo'}, tmp_path, run.make_teacher(c, None))
-    assert [(llm.name, n) for llm, n in answering] == [(remote.teacher.model, 1), ('dpo', 3), ('second', 1), ('third', 1)]
+    assert [(llm.name, n) for llm, n in answering] == [(remote.teacher.model, 1), ('dpo', 3), ('second', 1), ('third', 1)] and answering[1][0].model.attention == 'eager'
 
 
 def test_every_conversation_is_accounted_for():
