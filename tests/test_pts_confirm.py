@@ -109,6 +109,15 @@ def test_a_search_without_confirmation_draws_nothing_more():
     assert more['confirming_tokens'] == more['generated_tokens'] - counts['generated_tokens'] > 0
 
 
+def test_sure_is_half_the_false_discovery_rate():
+    "A candidate is drawn to the end unless it is sure or hopeless; a search that must be surer draws more."
+    trees = forest(60)
+    asked = [search(trees, n_fresh=40, fdr=fdr)[2]['confirming_tokens'] for fdr in (1e-9, .05, 1.)]
+    assert asked[0] > asked[1] > asked[2]
+    stopped = [r['meta'] for r in search(trees, n_fresh=40, fdr=1.)[0] if r['meta']['n_own'] + r['meta']['n_others'] < 40]
+    assert len(stopped) > 10 and all(m['p_value'] <= .5 or math.copysign(m['change'], m['change'] * m['prob_delta']) < m['margin'] for m in stopped)
+
+
 def verdict(n, own, others, p, side=1): return dict(n_own=n, k_own=own, n_others=n, k_others=others, side=side, share=.5, margin=.05, p_value=p)
 
 
