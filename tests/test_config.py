@@ -58,6 +58,10 @@ REFUSED = {
     "dpo.loss=ppo": "toy.yaml: dpo.loss: Input should be 'sigmoid', 'ipo', 'cdpo', 'robust' or 'simpo' (got 'ppo')",
     "dpo.label_smoothing=high": "toy.yaml: dpo.label_smoothing: Input should be 'measured', or Input should be a valid number, unable to parse string as a number (got 'high')",
     "dpo.label_smoothing=0.1": "toy.yaml: dpo: label_smoothing 0.1 is for the losses cdpo and robust, and loss is sigmoid",
+    "dpo.label_smoothing=0.5": "toy.yaml: dpo.label_smoothing: Input should be 'measured', or Input should be less than 0.5 (got 0.5)",
+    "dpo.kl_weight=-1": "toy.yaml: dpo.kl_weight: Input should be greater than or equal to 0 (got -1)",
+    "dpo.nll_weight=-0.1": "toy.yaml: dpo.nll_weight: Input should be greater than or equal to 0 (got -0.1)",
+    "dpo.lora_rank=-1": "toy.yaml: dpo.lora_rank: Input should be greater than or equal to 0 (got -1)",
     "judge.gamma=2": "toy.yaml: judge: gamma 2.0 is for the loss simpo, and loss is sigmoid",
     "judge.rows=pair": "toy.yaml: judge.rows: unknown key; known keys: batch_size",
     "dpo.counts.maths=3": "toy.yaml: dpo.counts.maths: Input should be 'pts', 'problem', 'mcq', 'code' or 'refusal' (got 'maths')",
@@ -127,6 +131,27 @@ def test_one_line_for_a_field_that_may_be_several_things():
 def test_the_losses_are_those_that_there_are():
     assert get_args(PivotalDPO.model_fields["loss"].annotation) == tuple(LOSSES) and PivotalDPO.model_fields["loss"].default == "sigmoid"
     for loss, more in (("cdpo", "dpo.label_smoothing=0.1"), ("robust", "dpo.label_smoothing=0"), ("simpo", "dpo.gamma=2"), ("ipo", "dpo.nll_weight=0.1")): load_config("toy", [f"dpo.loss={loss}", more])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_a_loss_does_not_read_is_refused(loss):
+    for field, value, readers in (("label_smoothing", 0.1, ("cdpo", "robust")), ("gamma", 2.0, ("simpo",))):
+        changes = [f"dpo.loss={loss}", f"dpo.{field}={value}"]
+        if loss in readers: assert getattr(load_config("toy", changes).dpo, field) == value
+        else:
+            with pytest.raises(ValueError, match=f"toy.yaml: dpo: {field} {value} is for the loss.*, and loss is {loss}"): load_config("toy", changes)
+
+
+def test_what_a_file_leaves_out_is_the_papers_loss_and_the_plain_way():
+    values = yaml.safe_load((CONFIGS/"toy.yaml").read_text())
+    for name in ("pts", "dpo", "judge"):
+        fields = Config.model_fields[name].annotation.model_fields
+        values[name] = {k: v for k, v in values[name].items() if fields[k].is_required()}
+    left = Config(**values)
+    for section in (left.dpo, left.judge):
+        assert (section.loss, section.label_smoothing, section.gamma, section.nll_weight, section.lora_rank, section.counts, section.micro_batch_size) == ("sigmoid", "measured", 1, 0, 0, None, None)
+    assert (left.dpo.rows, left.judge.models, left.judge.other_models, left.judge.orders) == ("pair", ["teacher", "dpo"], [], 1)
+    assert (left.pts.segments, left.pts.confirm_samples, left.pts.fdr) == (1, 0, 0.05)
 
 
 def test_values_read_as_numbers_first():

@@ -104,6 +104,19 @@ def test_third_mass_is_measured_from_the_full_softmax():
     assert abs(third - by_hand) < 1e-4
 
 
+@pytest.mark.parametrize('single', [True, False])
+def test_the_log_holds_what_was_gained_times_beta_and_the_mean_of_each_side(single):
+    model, pairs = tiny(), some_pairs(6, single=single)
+    references = dpo.reference_margins(tiny(1), pairs)
+    gains = [m - r for m, r in zip(dpo.reference_margins(model, pairs), references)]
+    sums = dpo.preference_loss(.3)(model, (dpo.collate_tokens if single else dpo.collate_answers)(rows(pairs, references)))[2]
+    assert sums['margin'].item() == pytest.approx(.3 * sum(gains), rel=1e-4) and 0 < sums['accuracy'].item() == sum(g > 0 for g in gains) < 6
+    for key in ('chosen', 'rejected'):
+        answers = ((r['prompt_ids'], r[f'{key}_ids']) for r in pairs)
+        by_hand = sum(model(torch.tensor([p + a])).log_softmax(-1)[0, len(p) - 1:-1].gather(1, torch.tensor(a)[:, None]).mean().item() for p, a in answers)
+        assert sums[f'{key}_logp'].item() == pytest.approx(by_hand, rel=1e-4)
+
+
 def test_drift_is_the_divergence_over_the_prefix_and_the_merged_pivot():
     model, ref, pairs = tiny(), tiny(1), some_pairs(3)
     for r in pairs:  # two tokens that matter
@@ -442,6 +455,11 @@ def test_the_defaults_of_a_run_are_the_papers_loss_and_each_setting_is_heard(tin
     for i, changes in enumerate([['dpo.loss=cdpo'], ['dpo.loss=cdpo', 'dpo.label_smoothing=0.3'], ['dpo.nll_weight=0.5'], ['dpo.counts.pts=9'], ['dpo.beta=0.5']]): assert not same(str(i), *changes), changes
 
 
+def test_the_weight_of_the_divergence_in_a_run_is_the_one_given(tiny_run, tmp_path):
+    logs = [dpo_stage(tiny_run, tmp_path/str(w), 'dpo.epochs=3', 'dpo.batch_size=4', 'dpo.lr=1e-2', f'dpo.kl_weight={w}')[1] for w in (0, 1, 9)]
+    assert ['kl' in log[0] for log in logs] == [False, True, True] and len({log[-1]['loss'] for log in logs}) == 3
+
+
 def test_a_run_counts_its_pairs_by_source(tiny_run, tmp_path):
     pairs, section = [dict(source='pts', i=i, meta=dict(kind='code' if i % 3 else 'problem')) for i in range(90)], load_config('toy').dpo
     records.save(tmp_path/'refusal_pairs.parquet', [r | dict(source='refusal') for r in some_pairs(40)], records.PREFERENCE)
@@ -451,6 +469,8 @@ def test_a_run_counts_its_pairs_by_source(tiny_run, tmp_path):
     assert mixed(counts=dict(pts=6000, refusal=1200), refusal_fraction=0.) == dict(pts=90, refusal=18)  # fewer than wished: in proportion
     by_kind = run.mixed(pairs, dict(sft_data=tmp_path), section.model_copy(update=dict(counts=dict(problem=10, code=50, refusal=3), refusal_fraction=0.)), 0)
     assert Counter(r['meta']['kind'] if r['source'] == 'pts' else 'refusal' for r in by_kind) == dict(problem=10, code=50, refusal=3)
+    drawn = lambda seed, **more: [r.get('i', r.get('id')) for r in run.mixed(pairs, dict(sft_data=tmp_path), section.model_copy(update=more), seed)]
+    for more in (dict(counts=dict(pts=60), refusal_fraction=0.), {}): assert drawn(1, **more) == drawn(1, **more) != drawn(2, **more)
     with pytest.raises(ValueError, match='pairs of judge_overall, and this run has none'): mixed(counts=dict(judge_overall=3, pts=4))
 
 
@@ -462,6 +482,36 @@ def test_trajectories_in_a_run_read_fewer_tokens_for_the_same_pairs(tiny_run, tm
     assert [len(log) for log in logs.values()] == [1, 1] and logs['pair'][0]['targets'] == logs['trajectory'][0]['targets'] == len(pairs)
     assert logs['trajectory'][0]['tokens'] < logs['pair'][0]['tokens'] and logs['pair'][0]['grad_norm'] == pytest.approx(logs['trajectory'][0]['grad_norm'], rel=1e-4)
     assert [run.pair_tokens(pairs, kind) for kind in ('token', 'trajectory')] == [sum(len(r['prompt_ids']) for r in pairs), sum(len(pairs[row[-1]]['prompt_ids']) for row in dpo.trajectories(pairs))]
+
+
+@pytest.mark.parametrize('rows', ['pair', 'trajectory'])
+def test_the_controls_of_a_run_read_as_much_as_the_pairs(tiny_run, tmp_path, rows):
+    records.save(tmp_path/'pts/pairs.parquet', [r | dict(prompt_ids=r['prompt_ids'] * 8) for r in on_trajectories()], records.PREFERENCE)
+    for part in ('sft_data', 'sft', 'pts/trajectories.json'): (tmp_path/part).symlink_to(tiny_run/part)
+    def log(stage): return dpo_stage(tmp_path, tmp_path/stage, f'dpo.rows={rows}', 'dpo.epochs=2', 'dpo.batch_size=1', 'dpo.refusal_fraction=0', name=stage, config=tiny_run/'config.yaml')[1]
+    pivotal, shuffled, full = map(log, ('dpo', 'dpo_shuffled', 'dpo_full'))
+    assert len(shuffled) == len(pivotal) and shuffled[-1]['tokens'] == pivotal[-1]['tokens'] and [r['loss'] for r in shuffled] != [r['loss'] for r in pivotal]
+    found = {t['question_id']: t for t in json.loads((tiny_run/'pts/trajectories.json').read_text())}
+    costs = [2 * len(t['prompt_ids']) + len(a) + len(b) for t in found.values() for a, b in zip(t['solved'], t['failed'])]
+    assert len(full) * sum(costs) / len(costs) == pytest.approx(pivotal[-1]['tokens'], abs=sum(costs) / len(costs)) and 'third_mass' not in full[0]
+
+
+@pytest.mark.parametrize('stage, begun', [('stage2_only', 'sft'), ('final', 'dpo')])
+def test_stage_2_begins_at_its_checkpoint_and_reads_its_own_section(tiny_run, tmp_path, stage, begun):
+    counts, log, weights = dpo_stage(tiny_run, tmp_path/'out', 'judge.lr=1e-12', 'judge.epochs=3', 'judge.batch_size=4', 'judge.loss=ipo', 'judge.beta=0.5', name=stage)
+    one, other = (run.open_checkpoint(tiny_run/name)[0].state_dict() for name in (begun, {'sft': 'dpo', 'dpo': 'sft'}[begun]))
+    assert all(torch.allclose(v, one[k], rtol=0, atol=1e-9) for k, v in weights.items()) and not all(torch.allclose(v, other[k], rtol=0, atol=1e-9) for k, v in weights.items())
+    assert len(log) == round(3 * counts['pairs'] / 4) and log[0]['loss'] == pytest.approx(1., rel=1e-3) and counts['pairs'] == len(records.load(tiny_run/'judge/pairs.parquet'))
+
+
+@needs_peft
+def test_an_adapter_has_the_rank_and_the_strength_asked_for_and_begins_by_its_seed():
+    models = [run.with_adapter(tiny(), 4, seed) for seed in (0, 0, 1)]
+    one, again, other = ({k: v for k, v in m.state_dict().items() if 'lora_A' in k} for m in models)
+    assert len(one) == 8 and all(len(a) == 4 and a.equal(again[k]) and not a.equal(other[k]) for k, a in one.items())
+    layers = [m for m in models[0].modules() if hasattr(m, 'get_delta_weight')]
+    for m in layers: m.lora_B.default.weight.data.normal_()
+    assert len(layers) == 8 and all(torch.allclose(m.get_delta_weight('default'), 2 * m.lora_B.default.weight @ m.lora_A.default.weight) for m in layers)
 
 
 @needs_peft

@@ -165,6 +165,11 @@ def test_draw_is_exact_on_a_large_vocabulary(size):
     assert draw(torch.tensor([[.5, .5]]), torch.tensor([.5]).double()) == 1, "a sum has to pass u"
 
 
+def test_draw_reaches_what_float32_sums_would_swallow():
+    "0.5 + (0.5 - 2**-25) is 1 in float32, and nothing would be left for the third token."
+    assert draw(torch.tensor([[.5, .5 - 2**-25, 2**-26]]), torch.tensor([1 - 2**-49], dtype=torch.float64)) == 2
+
+
 @settings(max_examples=100, **QUIET)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=20))
 def test_prefixes_are_shared(prompts):

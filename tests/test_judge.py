@@ -175,19 +175,39 @@ def judge_stage(tiny_run, out, *changes):
 def test_a_run_takes_replies_of_several_models_and_judges_twice(tiny_run, tmp_path):
     _, before, _ = judge_stage(tiny_run, tmp_path/'plain', 'judge.refusal_fraction=0.05')
     assert before == load(tiny_run/'judge/pairs.parquet')
-    _, pairs, counts = judge_stage(tiny_run, tmp_path/'three', 'judge.models=[teacher, sft, dpo]', 'judge.orders=2')
+    _, pairs, counts = judge_stage(tiny_run, tmp_path/'three', 'judge.models=[teacher, sft, dpo]', 'judge.orders=2', 'judge.samples=6')
     wrote = {r['meta'][f'{side}_model'] for r in pairs for side in ('chosen', 'rejected') if r['source'] != 'refusal'}
     assert {'sft', 'dpo'} <= wrote and counts['asked'] > counts['prompts'] and 'turned' in counts
     _, pairs, _ = judge_stage(tiny_run, tmp_path/'counted', 'judge.counts={judge_accuracy: 4, refusal: 2}', 'judge.refusal_fraction=0')
     assert sorted(r['source'] for r in pairs) == ['judge_accuracy'] * 4 + ['refusal'] * 2
 
 
+def test_a_run_asks_as_the_section_says(tiny_run, tmp_path):
+    def replies(out, *changes):
+        counts, pairs, _ = judge_stage(tiny_run, tmp_path/out, 'judge.refusal_fraction=0', *changes)
+        return pairs, counts
+    written = lambda rows: {tuple(r[f'{side}_ids']) for r in rows for side in ('chosen', 'rejected') if r['meta'][f'{side}_model'] == 'dpo'}
+    plain, counts = replies('plain')
+    assert counts['prompts'] == 12 and replies('few', 'judge.prompts=5')[1]['prompts'] == 5
+    assert max(map(len, written(plain))) > 4 >= max(map(len, written(replies('short', 'judge.max_new_tokens=3')[0])))  # <|im_end|> is added
+    assert written(replies('cold', 'judge.temperature=0.01')[0]) != written(plain)
+
+
+def test_a_run_shows_replies_in_an_order_of_its_seed(tiny_run, tmp_path, monkeypatch):
+    fixed = [[dict(model=m, text=f'{m} says {i}.') for m in 'abcd'] for i in range(12)]
+    monkeypatch.setattr(judge, 'collect_replies', lambda *args, **kw: fixed)
+    shown = []
+    monkeypatch.setattr(judge, 'judge_prompt', lambda messages, texts, plain=judge.judge_prompt: shown.append(texts) or plain(messages, texts))
+    for i, seed in enumerate((0, 0, 1)): judge_stage(tiny_run, tmp_path/str(i), f'seed={seed}')
+    assert shown[:12] == shown[12:24] != shown[24:] and len(shown) == 36
+
+
 def test_further_models_answer_where_the_teacher_is_served(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'any')
     remote = load_config('small', ['judge.other_models=[second, third]', 'judge.models=[teacher, dpo]', 'judge.samples=3'])
-    c = SimpleNamespace(seed=0, collect=remote.collect, teacher=remote.teacher, judge=remote.judge, compute={})
+    c = SimpleNamespace(seed=0, collect=remote.collect, teacher=remote.teacher, judge=remote.judge, compute=dict(attention='eager'))
     answering = run.answering(c, {'dpo': tiny_run/'dpo'}, tmp_path, run.make_teacher(c, None))
-    assert [(llm.name, n) for llm, n in answering] == [(remote.teacher.model, 1), ('dpo', 3), ('second', 1), ('third', 1)]
+    assert [(llm.name, n) for llm, n in answering] == [(remote.teacher.model, 1), ('dpo', 3), ('second', 1), ('third', 1)] and answering[1][0].model.attention == 'eager'
 
 
 def test_every_conversation_is_accounted_for():

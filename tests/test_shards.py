@@ -228,7 +228,8 @@ def test_parts_read_like_copies(a, b, start, stop):
 def test_the_fingerprint_of_a_choice_is_of_what_was_chosen():
     "Equal sizes, other documents: a run begun on one refuses the others."
     same = make_store([[1, 2], [3, 4], [1, 2]], 2000)
-    chosen = [PickedStore(same, [0, 1]), PickedStore(same, [1, 0]), PartStore(same, 0, 2), PartStore(same, 1, 3), cut(same, 1), cut(same, 2), same]
+    chosen = [PickedStore(same, [0, 1]), PickedStore(same, [1, 0]), PartStore(same, 0, 2), PartStore(same, 1, 3), cut(same, 1), cut(same, 2), same,
+              cut(make_store([[1, 2], [3, 4], [5, 6]], 2000), 2)]
     assert len({store.fingerprint for store in chosen}) == len(chosen)
     assert PickedStore(same, [0, 1]).fingerprint == chosen[0].fingerprint and PartStore(same, 0, 2).fingerprint == chosen[2].fingerprint
 
@@ -258,10 +259,11 @@ def test_another_data_set_is_refused_by_the_name_of_its_source(whole, tmp_path):
     first = min(i for i, r in enumerate(ROWS) if r['source'] == 'code')
     changed[first], changed[last] = changed[last], changed[first]  # as many documents, as many tokens
     write_shards(changed, TOKENIZER, tmp_path/'changed', shard_tokens=SHARD, workers=1)
-    make = lambda folder, **fractions: MixtureBatches(load_shards(folder), fractions, 64, 8, 2, seed=1).describe()
+    make = lambda folder, seed=1, **fractions: MixtureBatches(load_shards(folder), fractions, 64, 8, 2, seed=seed).describe()
     check_same_run(make(whole, web=.7, code=.3), make(whole, web=.7, code=.3), 'OUT')
     with pytest.raises(ValueError) as refused: check_same_run(make(whole, web=.7, code=.3), make(tmp_path/'changed', web=.7, code=.3), 'OUT')
     assert 'source code: ' in str(refused.value) and 'documents' in str(refused.value) and 'source web' not in str(refused.value)
+    with pytest.raises(ValueError, match='seed'): check_same_run(make(whole, web=1.), make(whole, seed=2, web=1.), 'OUT')
     with pytest.raises(ValueError, match='fractions'): check_same_run(make(whole, web=.7, code=.3), make(whole, web=1.), 'OUT')
 
 def test_the_tokenizers_fingerprint_is_of_what_decides_an_id():

@@ -53,3 +53,8 @@ def test_a_larger_margin_is_harder_to_exceed_and_no_sample_is_no_evidence():
 def test_q_values_are_scipys(p):
     assert q_values(p) == pytest.approx(stats.false_discovery_control(p).tolist(), abs=1e-12)
     assert q_values([]) == []
+
+
+def test_a_margin_between_hundredths_is_rounded_up():
+    at = [p_value((30, 24), (30, 12), margin) for margin in (.05, .0501, .06, .07, .0700000001)]
+    assert at[0] < at[1] == at[2] < at[3] == at[4]

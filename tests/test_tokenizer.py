@@ -130,6 +130,7 @@ def test_transformers_loads_it_alone_and_beside_a_model(tokenizer, tmp_path):
         for text in [*TEXTS, "<|im_end|> 1234", "  two  spaces\t\r\n", "🙂"]:
             assert again.encode(text) == tokenizer.encode(text) and text_ids(again, text) == text_ids(tokenizer, text)
             assert again.decode(text_ids(again, text)) == text
+        assert json.loads((tmp_path / folder / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False  # older versions take spaces before punctuation away otherwise
         assert chat_ids(again, MESSAGES) == chat_ids(tokenizer, MESSAGES)
         assert again.apply_chat_template(MESSAGES, return_dict=False) == tokenizer.apply_chat_template(MESSAGES, return_dict=False)
         assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)

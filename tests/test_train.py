@@ -383,12 +383,22 @@ def test_a_bad_row_is_named_with_its_source(tmp_path):
     load_checkpoint(path, Objective(kept, lm_loss, False), make_optimizer(kept, TrainSettings(lr=1e-2)))
     assert state['step'] == 7 and torch.equal(weights(kept), weights(model))
 
-def test_a_failed_background_save_is_raised(tmp_path, monkeypatch):
+@pytest.mark.parametrize('steps', [5, 2])  # of a save in the middle, and of the last
+def test_a_failed_background_save_is_raised(tmp_path, monkeypatch, steps):
     import phi4_ref.train.checkpoint as checkpoint
     def full(*args, **kw): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(checkpoint.dcp, 'save', full)
-    with pytest.raises(OSError, match='No space left'): train(tiny(), Fixed(5), TrainSettings(lr=1e-3), tmp_path, save_every=2)
+    with pytest.raises(OSError, match='No space left'): train(tiny(), Fixed(steps), TrainSettings(lr=1e-3), tmp_path, save_every=2)
     assert not list((tmp_path/'checkpoints').glob('step_*'))
+
+def test_started_over_nothing_is_left_of_the_run_before(tmp_path):
+    again, fresh, how = tiny(), tiny(), TrainSettings(lr=1e-2)
+    train(tiny(), Fixed(6), TrainSettings(lr=1e-3), tmp_path, save_every=2)
+    with pytest.raises(ValueError, match='of another run .*lr'): train(tiny(), Fixed(3), how, tmp_path, save_every=2)
+    rows = train(again, Fixed(3), how, tmp_path, save_every=2, resume=False)
+    train(fresh, Fixed(3), how, tmp_path/'fresh', save_every=2)
+    assert torch.equal(weights(again), weights(fresh)) and [r['step'] for r in rows] == [1, 2, 3] == [json.loads(l)['step'] for l in (tmp_path/'log.jsonl').read_text().splitlines()]
+    assert sorted(p.name for p in (tmp_path/'checkpoints').iterdir()) == ['step_00000002', 'step_00000003']
 
 def test_a_checkpoint_is_a_moment(tmp_path):
     "What is written in the background is the state at the call, however far the training has moved on."
