@@ -283,6 +283,7 @@ class Config(Section):
         if self.midtrain.context < self.pretrain.context: raise ValueError(f"midtrain.context {self.midtrain.context} is below pretrain.context {self.pretrain.context}")
         if self.sft.context > self.midtrain.context: raise ValueError(f"sft.context {self.sft.context} exceeds midtrain.context {self.midtrain.context}")
         if self.pts.max_total > self.midtrain.context: raise ValueError(f"pts.max_total {self.pts.max_total} exceeds midtrain.context {self.midtrain.context}")
+        if missing := {"problem", "mcq", "code"} & set(self.dpo.counts or {}) - set(self.pts.kinds): raise ValueError(f"dpo.counts asks for pairs of {', '.join(sorted(missing))}, and pts.kinds searches no such questions")
         if self.judge.other_models and self.teacher.kind == "world": raise ValueError(f"judge.other_models {self.judge.other_models} cannot answer: teacher.kind 'world' serves one teacher")
         if self.teacher.kind == "world" and self.collect.kind != "world": raise ValueError("teacher.kind 'world' knows only the toy world: choose 'openai' or 'transformers' for other data")
         return self

@@ -66,6 +66,7 @@ REFUSED = {
     "judge.rows=pair": "toy.yaml: judge.rows: unknown key; known keys: batch_size",
     "dpo.counts.maths=3": "toy.yaml: dpo.counts.maths: Input should be 'pts', 'problem', 'mcq', 'code' or 'refusal' (got 'maths')",
     "dpo.counts={pts: 90, refusal: 10}": "toy.yaml: dpo: counts says how many refusal pairs, and so does refusal_fraction 0.05: set it to 0, or leave refusal out of counts",
+    "dpo.counts={problem: 90, code: 10}": "toy.yaml: the whole: dpo.counts asks for pairs of code, and pts.kinds searches no such questions",
     "dpo.counts={pts: 90, code: 10}": "toy.yaml: dpo: counts asks for pts and for kinds of it: give pts, or the kinds",
     "pts.kinds=[maths]": "toy.yaml: pts.kinds.0: Input should be 'problem', 'mcq' or 'code' (got 'maths')",
     "judge.counts={pts: 90}": "toy.yaml: judge.counts.pts: Input should be 'judge_accuracy', 'judge_overall' or 'refusal'",

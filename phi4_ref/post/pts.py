@@ -206,8 +206,7 @@ def top_up(
     sampling:Sampling
 )->None:                # rollouts are appended to their cases
     "Draw what each place lacks."
-    most = {}
-    for c, i, n in places: most[id(c), i] = c, i, max(n, most[id(c), i][2] if (id(c), i) in most else 0)
+    most = {(id(c), i): (c, i, n) for c, i, n in sorted(places, key=lambda place: place[2])}
     draw([(c, i, n - c.counts(i)[0]) for c, i, n in most.values() if (i < len(c.tokens) or not i) and c.counts(i)[0] < n], sampling)
 
 
@@ -226,9 +225,9 @@ def start_cases(
     roots = [Case(q, list(p)) for q, p in zip(questions, prompts, strict=True)]
     top_up([(c, 0, min(FIRST, filter_samples)) for c in roots], sampling)
     inside = lambda c: band[0] <= ratio(c.counts(0)) <= band[1]
-    open_ = [c for c in roots if inside(c) or ratio(c.counts(0)) not in (0, 1)]
-    top_up([(c, 0, filter_samples) for c in open_], sampling)
-    kept = [c for c in open_ if inside(c)]
+    unsettled = [c for c in roots if inside(c) or ratio(c.counts(0)) not in (0, 1)]
+    top_up([(c, 0, filter_samples) for c in unsettled], sampling)
+    kept = [c for c in unsettled if inside(c)]
     cases = [Case(c.question, c.prompt, rollouts=list(c.rollouts), memo={0: c.counts(0)}) for c in kept for _ in range(trajectories)]
     draw_trajectories(cases, [j for _ in kept for j in range(trajectories)], sampling)
     return cases
@@ -350,7 +349,7 @@ def confirm(
     sure:float=.01,      # p-value at which no more are drawn for a candidate
     fresh:bool=False     # leave out the rollouts that the candidates were found with
 )->list[dict]:           # of each candidate: the two samples, change with its interval, p_value
-    "Test each candidate."
+    "Test each candidate; the further rollouts are added to its case, or, if fresh, to a copy."
     looks = LOOKS[1:] if fresh else LOOKS
     if fresh: sampling, found = replace(sampling, seed=f'{sampling.seed} fresh'), [(replace(c, rollouts=[], memo={}, pivots=[]), r) for c, r in found]
     tests = [dict(case=c, position=r['position'], first=c.counts(r['position'])[0], side=rising(r), margin=margin, p_value=1., looks=len(looks)) for c, r in found]

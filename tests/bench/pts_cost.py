@@ -141,24 +141,19 @@ def on_model(args):
     prompts, stops = [question_ids(tokenizer, q["question"]) for q in questions], end_ids(peer, tokenizer)
     sampler = pts.model_sampler(model, stops)
     if args.store: sampler = pts.stored(sampler, args.store, str(folder))
-    few, timed, results = max(1, len(questions) // 10), SimpleNamespace(start=0.), {}  # name -> [proposed, confirmed, tokens, seconds] of each seed
-    def clock(): timed.start, last = time.perf_counter(), timed.start; return timed.start - last
+    def timed(work): start = time.perf_counter(); return work(), time.perf_counter() - start
+    few, results = max(1, len(questions) // 10), {}  # name -> [(proposed, confirmed, tokens, seconds) of each seed]
     for seed in range(args.seeds):
-        clock()
-        found, totals = fixed_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, seed)
-        seconds = clock()
+        (found, totals), seconds = timed(lambda: fixed_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, seed))
         verdicts = pts.confirm(found, pts.Sampling(sampler, tokenizer, answer_oracle, args.max_total, f'test {seed}'), 60, MARGIN, sure=.025, fresh=True)
-        kept = sum(x <= .05 for x in pts.passing(verdicts, .05, 0)[0]) if found else 0
+        kept = sum(x <= .05 for x in pts.passing(verdicts, .05, 0)[0])
         results.setdefault('fixed 50, our engine', []).append((len(found), kept, totals['generated_tokens'], seconds))
         if not seed:
-            clock()
-            part = fixed_search(questions[:few], prompts[:few], generate_sampler(peer, tokenizer, stops), tokenizer, answer_oracle, args.max_total)[1]
-            rate = clock() / part['generated_tokens']
-        results.setdefault(f'fixed 50, generate (speed of {few})', []).append((len(found), kept, totals['generated_tokens'], totals['generated_tokens'] * rate))
+            (_, part), spent = timed(lambda: fixed_search(questions[:few], prompts[:few], generate_sampler(peer, tokenizer, stops), tokenizer, answer_oracle, args.max_total))
+        results.setdefault(f'fixed 50, generate (speed of {few})', []).append((len(found), kept, totals['generated_tokens'], totals['generated_tokens'] * spent / part['generated_tokens']))
         for name, settings in OURS.items():
-            clock()
-            pairs, _, counts = our_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, n_samples=12, filter_samples=16, seed=seed, **settings)
-            results.setdefault(f'ours, {name}', []).append((counts['candidates'], len(pairs), counts['generated_tokens'], clock()))
+            (pairs, _, counts), seconds = timed(lambda: our_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, n_samples=12, filter_samples=16, seed=seed, **settings))
+            results.setdefault(f'ours, {name}', []).append((counts['candidates'], len(pairs), counts['generated_tokens'], seconds))
             print(seed, name, {k: counts[k] for k in ('in_band', 'tokens', 'eligible_tokens', 'candidates', 'pairs', 'confirming_tokens', 'generated_tokens')}, flush=True)
     print(f'\ntorch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}, {len(questions)} questions, {args.seeds} seeds')
     print(f'{"":36} {"proposed":>8} {"confirmed":>9} {"tokens":>11} {"tokens / pair":>13} {"s / pair":>9} {"tokens ratio":>20}')

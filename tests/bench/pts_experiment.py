@@ -21,9 +21,9 @@ import torch
 
 from phi4_ref.eval.claims import percent, points
 from phi4_ref.eval.harness import EVAL_ITEM, item_row, prompt_ids, replies, reply_text, sample_seed, stop_ids
-from phi4_ref.eval.tasks import Grade, grade
-from phi4_ref.eval.stats import mean_interval, paired_interval
 from phi4_ref.eval.report import table
+from phi4_ref.eval.stats import mean_interval, paired_interval
+from phi4_ref.eval.tasks import Grade, grade
 from phi4_ref.post import pts
 from phi4_ref.post.dpo import shuffle_labels, train_dpo
 from phi4_ref.post.judge import ModelChat, collect_replies, judge_pairs
@@ -107,7 +107,9 @@ def asked(folder, questions, samples, temperature, seed):
     (model, tokenizer), jobs = open_checkpoint(folder), [(q, s) for q in questions for s in range(samples)]
     ids = replies(model, [prompt_ids(q, tokenizer, True) for q, _ in jobs], [64] * len(jobs), [sample_seed(seed, 'arithmetic', q['id'], s) for q, s in jobs], stop_ids(tokenizer), temperature)
     texts = [reply_text(i, tokenizer, True) for i in ids]
-    def graded(q, text): return Grade(*((1., 'correct') if pts.answer_oracle(q, text) else (0., 'incorrect'))) if q['kind'] == 'mcq' else grade([q], [text])[0]
+    def graded(q, text):
+        if q['kind'] != 'mcq': return grade([q], [text])[0]
+        return Grade(1., 'correct') if pts.answer_oracle(q, text) else Grade(0., 'incorrect')
     return [item_row(q, 'arithmetic', s, temperature, graded(q, t), t, len(i), Path(folder).name) for (q, s), t, i in zip(jobs, texts, ids)]
 
 
