@@ -36,7 +36,7 @@ def forest(n, seed=0):
 
 
 def run(trees, sampler=None, **settings):
-    rows = [dict(id=f'q{i}') for i in trees]
+    rows = [dict(id=f'q{i}', kind='tree') for i in trees]
     return pts.search(rows, [[i] for i in trees], sampler or pts.tree_sampler(trees), NUMBERS, ends_in_1, **(dict(max_total=20) | settings))
 
 
@@ -215,7 +215,9 @@ def test_the_test_of_all_rollouts_counts_what_could_have_been_proposed_and_costs
     assert counts['confirming_tokens'] < .8 * anew['confirming_tokens'] and len(every) >= .9 * len(fresh)
     p = [r['meta']['p_value'] for r in every]
     assert max(p) * counts['eligible_tokens'] / len(p) == pytest.approx(max(r['meta']['q_value'] for r in every)), 'Benjamini-Hochberg over all eligible tokens'
-    for r in every: assert r['meta']['n_own'] + r['meta']['n_others'] >= 12
+    last = max(fresh, key=lambda r: r['meta']['p_value'])['meta']
+    assert last['p_value'] * anew['candidates'] / len(fresh) == pytest.approx(last['q_value']), 'and over the candidates alone where the rollouts are fresh'
+    for r in every: assert r['meta']['n_own'] + r['meta']['n_others'] >= 12 and r['meta']['kind'] == 'tree'
     assert min(r['meta']['n_own'] + r['meta']['n_others'] for r in fresh) >= 12
 
 

@@ -129,10 +129,9 @@ def test_sure_is_half_of_what_the_false_discovery_rate_would_ask(fresh):
     trees = forest(60)
     asked = [search(trees, confirm_samples=40, fdr=fdr, fresh=fresh)[2]['confirming_tokens'] for fdr in (1e-9, .05, 1.)]
     assert asked[0] > asked[1] > asked[2]
-    pairs, _, counts = search(trees, confirm_samples=40, fdr=1., fresh=fresh, chunk_size=60)
-    sure = .5 if fresh else .5 * counts['candidates'] / counts['eligible_tokens']
+    pairs, _, counts = search(forest(300), confirm_samples=40, fdr=.5, fresh=fresh, chunk_size=300)
+    sure = .25 if fresh else .25 * counts['candidates'] / counts['eligible_tokens']
     stopped = [r['meta'] for r in pairs if r['meta']['n_own'] + r['meta']['n_others'] < (40 if fresh else 60)]
-    assert sure < .4 or fresh
     assert len(stopped) > 10 and all(m['p_value'] <= sure or math.copysign(m['change'], m['change'] * m['prob_delta']) < m['margin'] for m in stopped)
 
 
