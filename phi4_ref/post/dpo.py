@@ -487,9 +487,11 @@ def mixture(
 )->list[dict]:          # rows of each source in turn
     "A mixture by counts (phi-4 Tables 7 and 8)."
     if set(sources) != set(counts): raise ValueError(f'sources {sorted(sources)} and counts {sorted(counts)} must have the same names')
-    total = sum(counts.values())
-    ends = np.rint(np.cumsum([0, *counts.values()]) * ((size or total) / total)).astype(int)
-    wanted = dict(zip(counts, np.diff(ends).tolist()))
+    size = size or sum(counts.values())
+    shares = np.array(list(counts.values())) * (size / sum(counts.values()))
+    whole = np.floor(shares + 1e-9).astype(int)
+    whole[np.argsort(whole - shares, kind='stable')[:size - whole.sum()]] += 1  # the largest remainders: none is more than its share rounded up
+    wanted = dict(zip(counts, whole.tolist()))
     if short := [f'{name} has {len(sources[name])} rows of {n}' for name, n in wanted.items() if len(sources[name]) < n]:
         raise ValueError(f"the mixture needs more than there is: {', '.join(short)}; size={largest_mixture(sources, counts)} is the largest that these sources give")
     rng = random.Random(seed)
