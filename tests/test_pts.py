@@ -211,10 +211,10 @@ def test_the_test_of_all_rollouts_counts_what_could_have_been_proposed_and_costs
     trees = forest(200, seed=3)
     settings = dict(n_samples=12, filter_samples=12, confirm_samples=40)
     proposed, (every, _, counts), (fresh, _, anew) = run(trees, n_samples=12, filter_samples=12)[2], run(trees, **settings), run(trees, **settings, fresh=True)
-    assert counts['candidates'] == anew['candidates'] == proposed['candidates'] < counts['eligible_tokens'], 'the test does not change what is proposed'
+    assert counts['candidates'] == anew['candidates'] == proposed['candidates'] < counts['tested_tokens'], 'the test does not change what is proposed'
     assert counts['confirming_tokens'] < .8 * anew['confirming_tokens'] and len(every) >= .9 * len(fresh)
     p = [r['meta']['p_value'] for r in every]
-    assert max(p) * counts['eligible_tokens'] / len(p) == pytest.approx(max(r['meta']['q_value'] for r in every)), 'Benjamini-Hochberg over all eligible tokens'
+    assert max(p) * counts['tested_tokens'] / len(p) == pytest.approx(max(r['meta']['q_value'] for r in every)), 'Benjamini-Hochberg over all tested tokens'
     last = max(fresh, key=lambda r: r['meta']['p_value'])['meta']
     assert last['p_value'] * anew['candidates'] / len(fresh) == pytest.approx(last['q_value']), 'and over the candidates alone where the rollouts are fresh'
     for r in every: assert r['meta']['n_own'] + r['meta']['n_others'] >= 12 and r['meta']['kind'] == 'tree'

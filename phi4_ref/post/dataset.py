@@ -72,7 +72,7 @@ def card(
     "README.md of the data set: where its pairs come from, and how many would come from nothing."
     head = yaml.safe_dump(dict(tags=['pivotal-token-search', 'dpo', 'preference'], configs=[dict(config_name='default', data_files='pairs.parquet', default=True), dict(config_name='trl', data_files='trl.parquet')]), sort_keys=False)
     lines = lambda values: '\n'.join(f'| {k} | {v:g} |' if isinstance(v, float) else f'| {k} | {v:,} |' if isinstance(v, int) else f'| {k} | {v} |' for k, v in values.items() if v is not None)
-    rollouts = 'fresh rollouts alone' if settings.get('fresh') else f"the rollouts that found it and further ones, as one of {counts['eligible_tokens']} tokens that might have been found"
+    rollouts = 'fresh rollouts alone' if settings.get('fresh') else f"the rollouts that found it and further ones, as one of {counts['tested_tokens']} tokens that might have been found"
     tested = (f"Each pair was tested on {rollouts} (exact test, false discovery rate {settings['fdr']:.0%}); the change that it states is a little too large on average. With the verdicts shuffled, {counts['null_pairs']:.1f} pairs would have passed."
               + (f" The whole search on verdicts by chance proposed {counts['null_search_candidates']} and confirmed {counts['null_search_pairs']}." if 'null_search_pairs' in counts else '')
               if settings['confirm_samples'] else 'The pairs were not confirmed: some of them are chance (set `--confirm`).')
