@@ -299,9 +299,11 @@ def test_every_prefix_has_the_same_horizon_and_a_cut_off_rollout_fails():
 
 def test_a_raising_oracle_is_counted():
     trees = forest(3)
-    def oracle(question, text): raise RuntimeError
-    _, rows, counts = pts.search([dict(id='a')] * 3, [[i] for i in trees], pts.tree_sampler(trees), NUMBERS, oracle, max_total=20)
-    assert rows == [] and counts['oracle_errors'] == counts['rollouts'] == 3 * pts.FIRST
+    def oracle(question, text):
+        if question['id'] == 'c': return False
+        raise RuntimeError
+    with pytest.warns(RuntimeWarning): _, rows, counts = pts.search([dict(id=i) for i in 'abc'], [[i] for i in trees], pts.tree_sampler(trees), NUMBERS, oracle, max_total=20)
+    assert rows == [] and counts['oracle_errors'] == 2 * pts.FIRST and counts['rollouts'] == 3 * pts.FIRST
 
 
 def test_on_a_transformer(tmp_path):

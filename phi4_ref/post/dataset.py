@@ -150,7 +150,7 @@ def open_model(
     if Path(path).is_absolute() and not Path(path).is_dir(): raise ValueError(f'no directory {path!r}: give a model directory or the name of a model on the hub')
     gpu = torch.cuda.is_available()
     try: return (AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if gpu else torch.float32).to('cuda' if gpu else 'cpu').eval(), AutoTokenizer.from_pretrained(path))
-    except (OSError, ValueError) as e: raise ValueError(f'cannot load a causal language model from {path!r}: {str(e).splitlines()[0]}') from e
+    except (OSError, ValueError) as e: raise ValueError(f'cannot load a causal language model from {path!r}: {str(e).splitlines()[0]}' + ('' if Path(path).exists() else '; there is no directory of that name, so it was looked for on the hub')) from e
 
 def read_questions(
     data:str, question:str, answer:str, limit:int=None # file, glob or hub name; its columns; at most so many
