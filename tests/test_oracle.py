@@ -285,7 +285,7 @@ def test_the_key_of_a_choice():
 
 
 @pytest.mark.parametrize('change, says', [
-    (dict(answer=''), "'q7' has no answer"), (dict(answer=None), "'q7'.* answer is None, not text"), (dict(question=['a']), "'q7'.* question is .'a'., not text"), (dict(question=' '), "'q7'.* no question"),
+    (dict(answer=''), "'q7' has no answer"), (dict(answer=None), "'q7'.* answer is None, not text"), (dict(question=['a']), "'q7'.* question is .'a'., not text"),
     (dict(kind='fact', answer=' '), "'q7' has no answer"), (dict(kind='mcq'), "'q7'.*no list `choices`"), (dict(kind='mcq', meta=dict(choices=CHOICES, label=9)), "'q7'.*label 9"),
     (dict(kind='mcq', meta=dict(choices=CHOICES, label='B')), "'q7'.*label 'B'"), (dict(kind='code'), "'q7'.*no text `tests`"), (dict(meta='{}'), "'q7'.*meta is '{}', not a dict")])
 def test_a_question_that_no_reply_could_answer_is_named(change, says):

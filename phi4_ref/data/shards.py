@@ -95,7 +95,8 @@ def tokenize_documents(
     tokenizer,       # a fast Hugging Face tokenizer
 )->dict:             # source name -> `TokenStore`
     "One token store per source, documents in their given order."
-    texts = {source: [d['text'] for d in documents if d['source'] == source] for source in sorted({d['source'] for d in documents})}
+    pairs, texts = [as_text(d, i) for i, d in enumerate(documents)], {}
+    for source, text in sorted(pairs, key=lambda pair: pair[0]): texts.setdefault(source, []).append(text)
     return {source: make_store(encode_documents(some, tokenizer), len(tokenizer)) for source, some in texts.items()}
 
 # %% ../../nbs/29_data.shards.ipynb #31d3ed5b
@@ -195,8 +196,10 @@ def as_text(
     number:int,  # of the row, for the message
 )->tuple:        # (source, text)
     "Source and text of a row. ValueError names a row that lacks them."
-    source, text = row.get('source'), row.get('text')
-    if isinstance(text, str) and isinstance(source, str) and re.fullmatch(r'[\w.-]+', source): return source, text
+    source, text = (row.get('source'), row.get('text')) if isinstance(row, dict) else (None, row)
+    try: good = isinstance(text, str) and isinstance(source, str) and re.fullmatch(r'[\w.-]+', source) and (text.isascii() or text.encode() and True)
+    except UnicodeEncodeError as error: raise ValueError(f'row {number} is no document: character {error.start} of its text is half of a surrogate pair, which is no UTF-8; mend or leave out such texts') from error
+    if good: return source, text
     raise ValueError(f'row {number} is no document: it needs a text, and a source named in letters, digits, "_", "-" and "."; its source is {source!r}, its text {str(text)[:40]!r}')
 
 # %% ../../nbs/29_data.shards.ipynb #a7dba381
@@ -352,7 +355,9 @@ def write_shards(
 )->dict:                     # source -> {documents, tokens, shards}
     "Tokenise documents into shards, from any stream of rows."
     folder, head = Path(folder), dict(format=1, tokenizer=tokenizer_fingerprint(tokenizer), dtype=id_dtype(len(tokenizer)).str, shard_tokens=shard_tokens)
-    folder.mkdir(parents=True, exist_ok=True)
+    if shard_tokens < 1 or (workers is not None and workers < 1): raise ValueError(f'shard_tokens={shard_tokens} and workers={workers} must be at least 1')
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise ValueError(f'cannot make the directory {folder} ({error.strerror}): give another one') from error
     old, entries = read_progress(folder)
     if old and old != head: raise ValueError(f'{folder} holds shards made otherwise ({"; ".join(differences(old, head))}): give another directory')
     written = whole_shards(folder, head, entries, say)

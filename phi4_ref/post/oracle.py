@@ -463,7 +463,6 @@ def check_question(
     if missing := [k for k in ('id', 'question', 'answer', 'kind', 'meta') if k not in question]: raise ValueError(f"{where} lacks {', '.join(missing)}: give QUESTION rows")
     if not isinstance(meta, dict): raise ValueError(f"{where}: its meta is {meta!r:.60}, not a dict: `records.load` reads it as one")
     if wrong := [k for k in ('question', 'answer', 'kind') if not isinstance(question[k], str)]: raise ValueError(f"{where}: its {wrong[0]} is {question[wrong[0]]!r:.60}, not text")
-    if not question['question'].strip(): raise ValueError(f"{where} asks nothing: there is no question in it")
     if question['kind'] == 'mcq': right_choice(question)
     elif question['kind'] == 'code':
         if not isinstance(meta.get('tests'), str) or not meta['tests'].strip(): raise ValueError(f"{where} is of kind code, but its meta has no text `tests`")
