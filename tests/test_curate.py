@@ -123,6 +123,7 @@ def tables(**source): return from_files(dict(pages=None, documents={}, questions
     ('questions', dict(text=None, answer='1'), "row 1: column 'text' holds None"), ('questions', dict(text=' ', answer='1'), "row 1: column 'text' holds ' '"), ('questions', dict(text='q', answer=['1']), "row 1: column 'answer' holds .'1'."),
     ('questions', dict(text='q', answer='1', kind='maths'), "row 1: kind 'maths' is none of problem"),
     ('trivia', dict(text='q', answer=None), "row 1: column 'answer' holds no answer"), ('benchmarks', dict(text='q', answer=''), "row 1: column 'answer' holds no answer"),
+    ('benchmarks', dict(text='q', answer='B', choices=['x', 'y']), "row 1: the column 'choices' is not read"),
     ('conversations', dict(messages='hi'), "row 1: column 'messages' holds 'hi'"), ('conversations', dict(messages=None), "row 1: column 'messages' holds None"), ('conversations', dict(messages=[]), "row 1: column 'messages' holds"),
     ('conversations', {'messages': [{'from': 'human', 'value': 'x'}]}, "row 1: column 'messages' holds"), ('conversations', dict(messages=[dict(role='user', content=None)]), "row 1: column 'messages' holds"),
     ('conversations', dict(messages=[dict(role='human', content='x')]), "row 1: column 'messages' holds.*roles system, user and assistant")])

@@ -118,6 +118,7 @@ def needs_answer(
 )->dict:                           # QUESTION row
     "A question that is measured with. ValueError without an answer, where its kind needs one."
     question = as_question(row, i, source)
+    if row.get("choices") and question["kind"] != "mcq": raise ValueError(f"{source['path']}, row {i}: the column 'choices' is not read: write the options into the question, and give a column kind 'mcq' and a column meta {{'choices': [...], 'label': index}}")
     if not question["answer"] and question["kind"] not in ("unknown", "mcq", "code"): raise ValueError(f"{source['path']}, row {i}: column {source['answer']!r} holds no answer: leave such rows out, or name another column")
     return question
 
