@@ -266,8 +266,10 @@ def test_the_scorer_gives_each_candidate_its_own_score():
 def test_malformed_replies_are_retried_then_set_aside():
     rows, counts = judge.judge_pairs([ASK], [REPLIES], Scripted(SCORES, broken=2), TOKENIZER)
     assert counts['retried'] == 2 and counts['malformed'] == 0 and len(rows) == 2
-    rows, counts = judge.judge_pairs([ASK] * 2, [REPLIES, REPLIES[:1]], Scripted(SCORES, broken=9), TOKENIZER)
-    assert rows == [] and counts['malformed'] == 1 and counts['judged'] == 0 and counts['alike'] == 1
+    class HalfDeaf(Scripted):
+        def chat(self, chats, **sampling): return ['What?' if 'Who?' in chat[0]['content'] else reply for chat, reply in zip(chats, super().chat(chats, **sampling))]
+    rows, counts = judge.judge_pairs([[dict(role='user', content='Who?')], ASK, ASK], [REPLIES, REPLIES, REPLIES[:1]], HalfDeaf(SCORES), TOKENIZER)
+    assert {r['id'].split('-')[1] for r in rows} == {'1'} and counts['retried'] == 2 and counts['malformed'] == 1 and counts['judged'] == 1 and counts['alike'] == 1
 
 
 @pytest.mark.parametrize('scores', [
