@@ -44,14 +44,13 @@ def local_format(
 
 def stream_rows(
     path:str,            # file, glob of files (.parquet, .jsonl, .jsonl.gz), or hub name
-    name:str|None=None,  # hub configuration
-    split:str="train",
+    name:str|None=None,  # hub configuration; local files have none
+    split:str="train",   # of a hub data set; local files have none
     limit:int|None=None, # at most this many rows
 )->Iterator[dict]:
     "Rows of a data set, streamed. ValueError names what cannot be read."
     files = sorted(glob.glob(path, recursive=True))
     if not files and Path(path).suffix in FORMATS: raise ValueError(f"no file matches {path!r}: give an existing .parquet or .jsonl file, a glob, or a hub data set")
-    if files and (name or split != "train"): raise ValueError(f"{path!r} is a local file: name {name!r} and split {split!r} choose among those of a hub data set, leave them out")
     if limit is not None and limit < 0: raise ValueError(f"limit {limit} must be 0 or more rows, or None for all")
     kind = local_format(path, files) if files else None
     try:

@@ -558,11 +558,11 @@ def train_dpo(
     if kind not in KINDS: raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
     if not pairs: raise ValueError('no pairs to train on: did the search find any?')
     check_training(beta, epochs, batch_size, label_smoothing, nll_weight, kl_weight)
+    check_output(without_dropout(model))
+    check_pairs(pairs, output_layer(model).weight.shape[0])
     wrong = [pair_noise(r) if label_smoothing == 'measured' else label_smoothing for r in pairs]
     if loss == 'robust' and max(wrong) >= .5: raise ValueError(f"pair {pairs[wrong.index(max(wrong))]['id']!r} is wrong with probability {max(wrong):.2f}: the robust loss needs less than 1/2, so leave the pair out or set label_smoothing")
     objective, device = preference_loss(beta, ref, kl_weight, loss, gamma, nll_weight), PartialState().device
-    check_output(without_dropout(model))
-    check_pairs(pairs, output_layer(model).weight.shape[0])
     with as_reference(model, ref) as frozen:
         references = [0.] * len(pairs) if loss == 'simpo' else reference_margins(frozen.to(device).eval(), pairs, kind, use_bf16(settings, device), per_token=loss in PER_TOKEN)
     batches = PairBatches(pairs, references, batch_size, epochs, settings.seed, kind, wrong)
