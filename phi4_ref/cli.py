@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'app', 'Target', 'Changes', 'Force', 'VERBS_HELP', 'keep_memory', 'find_config', 'interrupts_kept',
-           'report_mistakes', 'add_verb', 'pts_options', 'pts', 'plan', 'stress', 'reply', 'chat', 'main']
+           'report_mistakes', 'add_verb', 'pts_options', 'own_options', 'pts', 'plan', 'stress', 'reply', 'chat',
+           'main']
 
 # %% ../nbs/71_cli.ipynb #2355abff
 import os
@@ -107,14 +108,22 @@ for verb, line in VERBS_HELP.items():
 # %% ../nbs/71_cli.ipynb #8e1f2a31
 def pts_options(
     model:str, data:str, out:str,  # None where not given
+    force:bool=False,              # of a run's stage, and of no other search
 )->None:
     "ValueError unless all three are there."
+    if force: raise ValueError("--force is for the stage of a run: a search on a model of your own goes on from the rollouts in --out, give another one to start afresh")
     missing = [f"--{name}" for name, value in dict(model=model, data=data, out=out).items() if value is None]
     if missing: raise ValueError(f"a search on a model of your own needs --model, --data and --out: {' and '.join(missing)} missing; on a run, `phi4 pts RUN`")
 
+def own_options(
+    context:typer.Context,  # of `pts`
+)->list[str]:               # options given that a run does not read
+    "What was said of a model of one's own."
+    return [f"--{name.replace('_', '-')}" for name in context.params if name not in ("target", "changes", "force") and context.get_parameter_source(name).name == "COMMANDLINE"]
+
 @app.command(help="Pivotal token search (section 4.3, Figure 4): of a run, or of any model with --model, --data and --out.")
 def pts(
-    target:Annotated[str, typer.Argument(help="A configuration or a run directory; none with --model.", metavar="[CONFIG-OR-RUN]")]=None, changes:Changes=None, force:Force=False,
+    context:typer.Context, target:Annotated[str, typer.Argument(help="A configuration or a run directory; none with --model.", metavar="[CONFIG-OR-RUN]")]=None, changes:Changes=None, force:Force=False,
     model:Annotated[str, typer.Option(help="Any causal language model: a directory or a hub name.")]=None,
     data:Annotated[str, typer.Option(help="Questions: .jsonl, .parquet, a glob, or a hub data set.")]=None,
     out:Annotated[str, typer.Option(help="Directory of the data set to be made.")]=None,
@@ -132,16 +141,19 @@ def pts(
     max_total:Annotated[int, typer.Option(min=8, help="Prompt and completion together, tokens.")]=512, seed:int=0,
 ):
     def own():
-        pts_options(model, data, out)
+        pts_options(model, data, out, force)
         keep_memory()
-        from phi4_ref.post.dataset import end_ids, open_model, pts_dataset, read_questions
+        from phi4_ref.post.dataset import end_ids, make_directory, open_model, pts_dataset, read_questions
         from phi4_ref.post.sampler import endpoint_sampler
-        questions, (loaded, tokenizer) = read_questions(data, question_column, answer_column, limit), open_model(model)
-        sampler = endpoint_sampler(served_name or model, base_url, end_ids(loaded, tokenizer), temperature, top_p) if base_url else None
+        questions = read_questions(data, question_column, answer_column, limit)
+        make_directory(out)
+        loaded, tokenizer = open_model(model)
+        sampler = endpoint_sampler(served_name or model, base_url, end_ids(loaded, tokenizer), temperature, top_p) if base_url is not None else None
         counts = pts_dataset(loaded, tokenizer, questions, Path(out), sampler=sampler, model_id=model, dataset_id=data, max_total=max_total, temperature=temperature, top_p=top_p, n_samples=samples, filter_samples=samples,
                              trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, confirm_samples=confirm, null=null, seed=seed)
         print(f"{out}: {counts['pairs']} pairs from {counts['in_band']} of {counts['questions']} questions, {counts['candidates']} candidates, {counts['rollouts']:,} rollouts" + (f"; by chance {counts['null_search_pairs']} of {counts['null_search_candidates']} candidates" if null else ""))
     def of_run():
+        if given := own_options(context): raise ValueError(f"{', '.join(given)}: for a search on a model of your own, and {target!r} is a run: leave out one or the other; a run's settings are overrides, such as pts.samples=20")
         keep_memory()
         from phi4_ref.run import run
         run(find_config(target, changes or []), "pts", force=force)

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from phi4_ref.cli import KEEP_MEMORY, app
 from phi4_ref.model.generate import generate
 from phi4_ref.model.pretrained import save_pretrained
 from phi4_ref.model.tokenizer import chat_example, train_tokenizer
@@ -84,6 +85,25 @@ def test_what_it_refuses(made, tmp_path, change, said):
         args[at:at + 2] = [key, value] if value else []
     status, _, err = phi4(*args)
     assert status == 2 and said in err and "Traceback" not in err, err
+
+
+ROWS = {"empty": [], "unasked": [dict(q="1 and 1?", a="2"), dict(q=None, a="3")], "number": [dict(q=3, a="3")], "unanswered": [dict(q="1 and 1?", a="2"), dict(q="2 and 2?", a=None)],
+        "list": [dict(q="1 and 1?", a=["2"])], "blank": [dict(q=" ", a="2")], "broken": None}
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--data", "empty.jsonl"], "no rows in"), (["--data", "unasked.jsonl"], "unasked.jsonl, row 1: column 'q' holds None"), (["--data", "number.jsonl"], "number.jsonl, row 0: column 'q' holds 3, not text"),
+    (["--data", "unanswered.jsonl"], "unanswered.jsonl, row 1: column 'a' holds no answer"), (["--data", "list.jsonl"], "list.jsonl, row 0: column 'a' holds ['2']"), (["--data", "blank.jsonl"], "blank.jsonl, row 0: column 'q' holds ' '"),
+    (["--data", "broken.jsonl"], "cannot read the data set 'broken.jsonl'"), (["--p-gap", "0"], "p_gap=0.0 must be in"), (["--max-total", "4096"], "max_total=4096 is more than the 64 tokens"), (["--out", "empty.jsonl"], "cannot make the directory empty.jsonl"),
+    (["--model", "/no/such/model"], "no directory '/no/such/model'"), (["--base-url", ""], "base_url ''"), (["--base-url", "localhost:8000/v1"], "base_url 'localhost:8000/v1'"), (["--force"], "--force"), (["pts.p_gap=0.3"], "--model")])
+def test_a_mistake_is_one_line(made, tmp_path, monkeypatch, capfd, more, said):
+    for name in KEEP_MEMORY: monkeypatch.setenv(name, KEEP_MEMORY[name])  # already restarted with it
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    monkeypatch.chdir(tmp_path)
+    for name, rows in ROWS.items(): (tmp_path/f"{name}.jsonl").write_text('{"q": "cut' if rows is None else "".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(SystemExit) as end: app([str(a) for a in command(made, tmp_path/"d", "--samples", "4", "--confirm", "0", *more)])
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "Loading weights" not in line]
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("phi4: ") and said in lines[0], lines
 
 
 def test_a_reply_ends_where_any_of_the_models_own_ends_stands(made):

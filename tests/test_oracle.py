@@ -284,6 +284,17 @@ def test_the_key_of_a_choice():
     with pytest.raises(ValueError, match='no list `choices`'): answer_oracle({**row, 'meta': {}}, 'B')
 
 
+@pytest.mark.parametrize('change, says', [
+    (dict(answer=''), "'q7' has no answer"), (dict(answer=None), "'q7'.* answer is None, not text"), (dict(question=['a']), "'q7'.* question is .'a'., not text"),
+    (dict(kind='fact', answer=' '), "'q7' has no answer"), (dict(kind='mcq'), "'q7'.*no list `choices`"), (dict(kind='mcq', meta=dict(choices=CHOICES, label=9)), "'q7'.*label 9"),
+    (dict(kind='mcq', meta=dict(choices=CHOICES, label='B')), "'q7'.*label 'B'"), (dict(kind='code'), "'q7'.*no text `tests`"), (dict(meta='{}'), "'q7'.*meta is '{}', not a dict")])
+def test_a_question_that_no_reply_could_answer_is_named(change, says):
+    row = dict(id='q7', kind='problem', question='1 + 1?', answer='2', meta={})
+    for good in (row, row | dict(kind='unknown', answer=''), row | dict(kind='mcq', meta=dict(choices=CHOICES, label=0)), row | dict(kind='code', answer='', meta=dict(tests='assert True'))): o.check_question(good)
+    with pytest.raises(ValueError, match=says): o.check_question(row | change)
+    with pytest.raises(ValueError, match="None lacks id, answer"): o.check_question({k: row[k] for k in ('kind', 'question', 'meta')})
+
+
 def test_kinds():
     assert answer_oracle(problem('1,000'), 'The answer is $1000.00.') and not answer_oracle(problem('1000'), 'The answer is 1001.')
     assert not answer_oracle(problem('4'), '')

@@ -299,9 +299,11 @@ def test_every_prefix_has_the_same_horizon_and_a_cut_off_rollout_fails():
 
 def test_a_raising_oracle_is_counted():
     trees = forest(3)
-    def oracle(question, text): raise RuntimeError
-    _, rows, counts = pts.search([dict(id='a')] * 3, [[i] for i in trees], pts.tree_sampler(trees), NUMBERS, oracle, max_total=20)
-    assert rows == [] and counts['oracle_errors'] == counts['rollouts'] == 3 * pts.FIRST
+    def oracle(question, text):
+        if question['id'] == 'c': return False
+        raise RuntimeError
+    with pytest.warns(RuntimeWarning): _, rows, counts = pts.search([dict(id=i) for i in 'abc'], [[i] for i in trees], pts.tree_sampler(trees), NUMBERS, oracle, max_total=20)
+    assert rows == [] and counts['oracle_errors'] == 2 * pts.FIRST and counts['rollouts'] == 3 * pts.FIRST
 
 
 def test_on_a_transformer(tmp_path):
@@ -335,3 +337,30 @@ def test_trace_and_figure():
     figure.canvas.draw()
     text = figure.axes[0]
     assert len(text.patches) == 3 and [p.get_edgecolor()[3] for p in text.patches] == [1, 1, 0] and len(text.lines) == 1
+
+
+@pytest.mark.parametrize('change, says', [(dict(p_gap=0.), 'p_gap=0.0 must be in'), (dict(p_gap=1.), 'p_gap=1.0'), (dict(p_gap=20), 'p_gap=20'), (dict(band=(.8, .2)), 'band='), (dict(band=(20, 80)), 'band='), (dict(n_samples=0), 'n_samples=0'),
+    (dict(filter_samples=0), 'filter_samples=0'), (dict(trajectories=0), 'trajectories=0'), (dict(chunk_size=0), 'chunk_size=0'), (dict(confirm_samples=-1), 'confirm_samples=-1'), (dict(split='middle'), "split='middle'"), (dict(fdr=5), 'fdr=5'),
+    (dict(max_total=None), 'max_total=None')])
+def test_settings_that_cannot_be_are_refused_before_a_rollout(change, says):
+    def undrawn(*_): raise AssertionError('a rollout was drawn')
+    with pytest.raises(ValueError, match=says): run(forest(2), undrawn, **change)
+
+
+def test_questions_that_cannot_be_searched_are_named_before_a_rollout():
+    def undrawn(*_): raise AssertionError('a rollout was drawn')
+    row = lambda i, **more: dict(id=i, kind='problem', question='1 + 1?', answer='2', meta={}) | more
+    go = lambda rows, prompts, **kw: pts.search(rows, prompts, undrawn, NUMBERS, max_total=20, **kw)
+    with pytest.raises(ValueError, match="2 questions have the id 'a'"): go([row('a'), row('b'), row('a')], [[1]] * 3, oracle=ends_in_1)
+    with pytest.raises(ValueError, match='question 1 has no id'): go([row('a'), dict(kind='problem')], [[1]] * 2, oracle=ends_in_1)
+    with pytest.raises(ValueError, match="the prompt of 'b' has no tokens"): go([row('a'), row('b')], [[1], []])
+    with pytest.raises(ValueError, match='2 questions and 1 prompts'): go([row('a'), row('b')], [[1]])
+    with pytest.raises(ValueError, match="question 'b' has no answer"): go([row('a'), row('b', answer='')], [[1]] * 2)
+
+
+def test_an_oracle_that_never_answers_ends_the_search():
+    def broken(question, text): raise RuntimeError('no sandbox here')
+    trees = forest(4)
+    rows = [dict(id=f'q{i}', kind='tree') for i in trees]
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match='broken.* failed on all 24 completions'):
+        pts.search(rows, [[i] for i in trees], pts.tree_sampler(trees), NUMBERS, broken, max_total=20)

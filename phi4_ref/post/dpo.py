@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'PER_TOKEN', 'COUNTS', 'GROUP', 'LOGITS', 'KINDS', 'sigmoid
            'pair_probs', 'third_mass', 'kl_divergence', 'merge_pair', 'as_reference', 'prefix_states', 'drift',
            'flat_pairs', 'margins', 'preference_loss', 'trajectories', 'collate_tokens', 'collate_answers', 'pair_rows',
            'PairBatches', 'reference_margins', 'shuffle_labels', 'mix', 'largest_mixture', 'mixture', 'chat_pair',
-           'train_dpo']
+           'check_pairs', 'check_training', 'train_dpo']
 
 # %% ../../nbs/52_post.dpo.ipynb #094a3570
 import copy
@@ -477,6 +477,7 @@ def largest_mixture(
     counts:dict   # name -> samples, all above 0; the same names
 )->int:           # samples in all
     "The largest `size` of `mixture` for which there are enough of each."
+    if not counts or min(counts.values()) <= 0: raise ValueError(f'counts {counts} must all be above 0: leave out what is not wanted')
     return math.floor(min(len(sources[name]) / n for name, n in counts.items()) * sum(counts.values()) + 1e-9)
 
 def mixture(
@@ -487,6 +488,7 @@ def mixture(
 )->list[dict]:          # rows of each source in turn
     "A mixture by counts (phi-4 Tables 7 and 8)."
     if set(sources) != set(counts): raise ValueError(f'sources {sorted(sources)} and counts {sorted(counts)} must have the same names')
+    if not counts or min(counts.values()) <= 0: raise ValueError(f'counts {counts} must all be above 0: leave out what is not wanted')
     size = size or sum(counts.values())
     shares = np.array(list(counts.values())) * (size / sum(counts.values()))
     whole = np.floor(shares + 1e-9).astype(int)
@@ -512,6 +514,28 @@ def chat_pair(
     return dict(id=id, prompt=tokenizer.decode(prompt_ids), chosen=tokenizer.decode(chosen_ids), rejected=tokenizer.decode(rejected_ids),
                 prompt_ids=prompt_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids, source=source, meta=meta)
 
+# %% ../../nbs/52_post.dpo.ipynb #b8a4dc89
+def check_pairs(
+    pairs:list[dict], # should be PREFERENCE rows with ids
+    vocab:int         # ids are below this
+):
+    "ValueError for a pair that nothing can be learnt from."
+    for row in pairs:
+        for side in ('prompt_ids', 'chosen_ids', 'rejected_ids'):
+            ids = row.get(side)
+            if ids is None or isinstance(ids, str) or not len(ids): raise ValueError(f"pair {row.get('id')!r} has no {side} (got {ids!r:.40}): they are lists of token ids, as `chat_pair` makes of text")
+            if min(ids) < 0 or max(ids) >= vocab: raise ValueError(f"pair {row.get('id')!r}: its {side} hold {min(ids) if min(ids) < 0 else max(ids)}, and the model knows 0 to {vocab - 1}: were they made with another tokenizer?")
+        if list(row['chosen_ids']) == list(row['rejected_ids']): raise ValueError(f"pair {row.get('id')!r}: chosen and rejected are the same: leave it out")
+
+def check_training(
+    beta:float, epochs:float, batch_size:int, label_smoothing:float|str, nll_weight:float, kl_weight:float # as for `train_dpo`
+):
+    "ValueError for a setting that no training can have."
+    if wrong := [f'{k}={v}' for k, v in dict(beta=beta, epochs=epochs, batch_size=batch_size).items() if not v > 0]: raise ValueError(f'{wrong[0]} must be above 0')
+    if wrong := [f'{k}={v}' for k, v in dict(nll_weight=nll_weight, kl_weight=kl_weight).items() if not v >= 0]: raise ValueError(f'{wrong[0]} must be at least 0')
+    if label_smoothing != 'measured' and (isinstance(label_smoothing, str) or not 0 <= label_smoothing <= .5): raise ValueError(f"label_smoothing={label_smoothing} must be a probability up to 1/2, or 'measured'")
+
+
 # %% ../../nbs/52_post.dpo.ipynb #a5d2dd1f
 def train_dpo(
     model,                  # the policy, trained in place, its dropout off: `Transformer`, a causal language model of `transformers`, or either with an adapter of peft
@@ -533,10 +557,12 @@ def train_dpo(
     "Preference training with the reference scored once (phi-4 §4.2, §4.3)."
     if kind not in KINDS: raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
     if not pairs: raise ValueError('no pairs to train on: did the search find any?')
+    check_training(beta, epochs, batch_size, label_smoothing, nll_weight, kl_weight)
+    check_output(without_dropout(model))
+    check_pairs(pairs, output_layer(model).weight.shape[0])
     wrong = [pair_noise(r) if label_smoothing == 'measured' else label_smoothing for r in pairs]
     if loss == 'robust' and max(wrong) >= .5: raise ValueError(f"pair {pairs[wrong.index(max(wrong))]['id']!r} is wrong with probability {max(wrong):.2f}: the robust loss needs less than 1/2, so leave the pair out or set label_smoothing")
     objective, device = preference_loss(beta, ref, kl_weight, loss, gamma, nll_weight), PartialState().device
-    check_output(without_dropout(model))
     with as_reference(model, ref) as frozen:
         references = [0.] * len(pairs) if loss == 'simpo' else reference_margins(frozen.to(device).eval(), pairs, kind, use_bf16(settings, device), per_token=loss in PER_TOKEN)
     batches = PairBatches(pairs, references, batch_size, epochs, settings.seed, kind, wrong)

@@ -9,8 +9,8 @@ __all__ = ['HASHES', 'NUMBER', 'LAST', 'FRAC', 'TEXT_MACRO', 'UNITS', 'MARKUP', 
            'is_expression', 'as_tex', 'without_name', 'align', 'compare', 'serve', 'Worker', 'tex_equal',
            'stop_workers', 'normalise', 'contains_answer', 'quick_equal', 'same_answer', 'is_refusal', 'same_choice',
            'named_letter', 'choice_index', 'marker', 'program', 'passes_tests', 'key_answer', 'right_choice',
-           'quick_verdict', 'answer_oracle', 'outcome', 'answer_many', 'TimeIsUp', 'interrupted', 'abandoned', 'within',
-           'oracle_name', 'read_outcome', 'grade', 'isolated']
+           'check_question', 'quick_verdict', 'answer_oracle', 'outcome', 'answer_many', 'TimeIsUp', 'interrupted',
+           'abandoned', 'within', 'oracle_name', 'read_outcome', 'grade', 'isolated']
 
 # %% ../../nbs/50_post.oracle.ipynb #8a6449d7
 import atexit
@@ -450,8 +450,24 @@ def right_choice(
     meta = question['meta']
     if not meta.get('choices'): raise ValueError(f"question {question.get('id')!r} is of kind mcq, but its meta has no list `choices`")
     label = meta['label'] if 'label' in meta else choice_index(question['answer'], meta['choices'])
+    if 'label' in meta and label not in range(len(meta['choices'])): raise ValueError(f"question {question.get('id')!r}: label {label!r} is no index of its {len(meta['choices'])} choices, 0 to {len(meta['choices']) - 1}")
     if label is None: raise ValueError(f"question {question.get('id')!r}: the answer {question['answer']!r} is none of {meta['choices']}; give the index as `label` in its meta")
     return label
+
+# %% ../../nbs/50_post.oracle.ipynb #e79f1867
+def check_question(
+    question:dict # should be a QUESTION row
+):
+    "ValueError for a question that no reply could answer: it has no answer, no choices, no tests, or is no QUESTION row."
+    where, meta = f"question {question.get('id')!r}", question.get('meta')
+    if missing := [k for k in ('id', 'question', 'answer', 'kind', 'meta') if k not in question]: raise ValueError(f"{where} lacks {', '.join(missing)}: give QUESTION rows")
+    if not isinstance(meta, dict): raise ValueError(f"{where}: its meta is {meta!r:.60}, not a dict: `records.load` reads it as one")
+    if wrong := [k for k in ('question', 'answer', 'kind') if not isinstance(question[k], str)]: raise ValueError(f"{where}: its {wrong[0]} is {question[wrong[0]]!r:.60}, not text")
+    if question['kind'] == 'mcq': right_choice(question)
+    elif question['kind'] == 'code':
+        if not isinstance(meta.get('tests'), str) or not meta['tests'].strip(): raise ValueError(f"{where} is of kind code, but its meta has no text `tests`")
+    elif question['kind'] != 'unknown' and not question['answer'].strip(): raise ValueError(f"{where} has no answer to compare with")
+
 
 # %% ../../nbs/50_post.oracle.ipynb #e7744e7d
 def quick_verdict(
@@ -503,7 +519,7 @@ def answer_many(
     finally: pool.shutdown(cancel_futures=True)
     return [found[id(q), c] if v is None else v for q, c, v in zip(questions, completions, verdicts)]
 
-answer_oracle.many = answer_many
+answer_oracle.many, answer_oracle.check = answer_many, check_question
 
 # %% ../../nbs/50_post.oracle.ipynb #11e88406
 class TimeIsUp(BaseException): "Raised inside a call that took too long."

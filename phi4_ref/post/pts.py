@@ -8,8 +8,8 @@ __all__ = ['FIRST', 'MIN_SEEN', 'LOOKS', 'SURE', 'SHUFFLES', 'tree_success', 'tr
            'draw', 'top_up', 'start_cases', 'ratio', 'draw_trajectories', 'estimate', 'first_segments',
            'subdivide_cases', 'pair_at', 'preference', 'two_samples', 'confirm', 'rising', 'verdict', 'fallen',
            'look_p_value', 'null_p_values', 'passing', 'stored', 'whole_answers', 'full_length_pairs', 'search_chunk',
-           'tested_tokens', 'search', 'confirmed', 'chance_oracle', 'null_search', 'model_sampler', 'trace', 'figure3',
-           'token_grid', 'draw_token']
+           'tested_tokens', 'check_settings', 'check_questions', 'search', 'confirmed', 'chance_oracle', 'null_search',
+           'model_sampler', 'trace', 'figure3', 'token_grid', 'draw_token']
 
 # %% ../../nbs/51_post.pts.ipynb #61f2c53c
 import hashlib
@@ -27,7 +27,7 @@ from matplotlib.patches import Rectangle
 from tqdm.auto import tqdm
 
 from ..model.generate import Completion, generate
-from .oracle import answer_oracle, grade
+from .oracle import answer_oracle, grade, oracle_name
 from .statistics import newcombe, p_value, q_values
 from ..synth.llm import ReplyStore
 
@@ -495,6 +495,35 @@ def tested_tokens(
     "Eligible tokens, those of the questions that the filter dropped included: as many for each as in a question that was kept."
     return round(counts['eligible_tokens'] * counts['questions'] / max(1, counts['in_band']))
 
+# %% ../../nbs/51_post.pts.ipynb #69fca262
+def check_settings(
+    counts:dict, # setting -> a number that must be above 0
+    p_gap:float, band:tuple, segments, split:str, confirm_samples:int, margin:float|None, fdr:float # as for `search`
+):
+    "ValueError for a setting that no search can have."
+    if wrong := [k for k, v in counts.items() if not isinstance(v, int) or v < 1]: raise ValueError(f'{wrong[0]}={counts[wrong[0]]!r} must be a whole number above 0')
+    if not 0 < p_gap < 1: raise ValueError(f'p_gap={p_gap!r} must be in (0, 1): it is a change of p(success)')
+    if not 0 <= band[0] <= band[1] <= 1: raise ValueError(f'band={band!r} must be two shares of right answers, 0 <= low <= high <= 1')
+    if segments != 'complete' and not (isinstance(segments, int) and segments > 0): raise ValueError(f"segments={segments!r} is neither a number above 0 nor 'complete'")
+    if split not in ('surprisal', 'length'): raise ValueError(f"split={split!r}: choose 'surprisal' or 'length'")
+    if confirm_samples < 0: raise ValueError(f'confirm_samples={confirm_samples} must be at least 0')
+    if margin is not None and not 0 <= margin < 1: raise ValueError(f'margin={margin} must be in [0, 1): it is a change of p(success)')
+    if not 0 <= fdr <= 1: raise ValueError(f'fdr={fdr} must be in [0, 1]: it is a share of the confirmed')
+
+def check_questions(
+    questions:list[dict], prompts:list[list[int]], oracle, max_total:int # as for `search`
+):
+    "ValueError for questions that cannot be searched, by their ids; an oracle says with `check` which it cannot grade."
+    if not questions: raise ValueError('no questions to search: give QUESTION rows')
+    if len(prompts) != len(questions): raise ValueError(f'{len(questions)} questions and {len(prompts)} prompts: give one prompt for each')
+    if nameless := [i for i, q in enumerate(questions) if q.get('id') is None]: raise ValueError(f'question {nameless[0]} has no id: give each one of its own')
+    (twin, n), = Counter(q['id'] for q in questions).most_common(1)
+    if n > 1: raise ValueError(f'{n} questions have the id {twin!r}: give each one of its own')
+    if empty := [q['id'] for q, p in zip(questions, prompts) if not len(p)]: raise ValueError(f'the prompt of {empty[0]!r} has no tokens: leave the question out')
+    if too_long := [q['id'] for q, p in zip(questions, prompts) if len(p) >= max_total]: raise ValueError(f'{len(too_long)} prompts leave no room in max_total={max_total} tokens, first {too_long[0]!r}: raise max_total or drop them')
+    for question in questions if hasattr(oracle, 'check') else (): oracle.check(question)
+
+
 # %% ../../nbs/51_post.pts.ipynb #ddb72a8b
 def search(
     questions:list[dict],    # QUESTION rows
@@ -519,17 +548,15 @@ def search(
     chunk_size:int=50        # questions searched together
 )->tuple[list[dict], list[dict], dict]: # PREFERENCE rows, trajectories, counts
     "Pivotal token search over a set of questions (phi-4 §4.3, Figure 4)."
-    if not questions: raise ValueError('no questions to search: give QUESTION rows')
-    too_long = [q['id'] for q, p in zip(questions, prompts, strict=True) if len(p) >= max_total]
-    if too_long: raise ValueError(f'{len(too_long)} prompts leave no room in max_total={max_total} tokens, first {too_long[0]!r}: raise max_total or drop them')
-    if segments != 'complete' and not (isinstance(segments, int) and segments > 0): raise ValueError(f"segments={segments!r} is neither a number above 0 nor 'complete'")
-    if margin is not None and not 0 <= margin < 1: raise ValueError(f'margin={margin} must be in [0, 1): it is a change of p(success)')
+    check_settings(dict(n_samples=n_samples, filter_samples=filter_samples, trajectories=trajectories, chunk_size=chunk_size, max_total=max_total), p_gap, band, segments, split, confirm_samples, margin, fdr)
+    check_questions(questions, prompts, oracle, max_total)
     pairs, verdicts, rows, counts, sampling = [], [], [], Counter(), Sampling(sampler, tokenizer, oracle, max_total, seed)
     for start in tqdm(range(0, len(questions), chunk_size), desc='pts', unit='chunk', delay=2, leave=False):
         chunk = search_chunk(questions[start:start + chunk_size], prompts[start:start + chunk_size], sampling, n_samples, filter_samples, trajectories,
                              p_gap, band, segments, split, confirm_samples, p_gap / 2 if margin is None else margin, fdr, fresh)
         for total, part in zip((pairs, verdicts, rows), chunk): total += part
         counts.update(chunk[3])
+        if not start and sampling.totals['oracle_errors'] == sampling.totals['rollouts']: raise ValueError(f"the oracle {oracle_name(oracle)!r} failed on all {sampling.totals['rollouts']} completions of the first questions: the warning above says how")
     counts['tested_tokens'] = tested_tokens(counts)
     if confirm_samples: pairs, counts['null_pairs'] = confirmed(pairs, verdicts, fdr, seed, 0 if fresh else counts['tested_tokens'])
     return pairs, rows, counts | dict(pairs=len(pairs), **sampling.totals)
