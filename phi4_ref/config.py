@@ -169,11 +169,6 @@ class Midtrain(Training):
     long_fraction: Fraction    # of the tokens; the rest recalls the pretraining mixture
     long_tokens: PositiveInt   # a document is long from this length
 
-    @model_validator(mode="after")
-    def _long_fits(self):
-        if self.long_tokens >= self.context: raise ValueError(f"long_tokens {self.long_tokens} must be below context {self.context}: a document is long before it fills a row")
-        return self
-
 class SFTData(Section):
     "The data of fine-tuning (phi-4 §2.4, §4.1, App. A.1)."
     candidates: PositiveInt    # sampled per question, best kept (phi-4 §2.4)
@@ -293,6 +288,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits(self):
         if self.midtrain.context < self.pretrain.context: raise ValueError(f"midtrain.context {self.midtrain.context} is below pretrain.context {self.pretrain.context}")
+        if self.midtrain.long_tokens >= self.midtrain.context: raise ValueError(f"midtrain.long_tokens {self.midtrain.long_tokens} must be below midtrain.context {self.midtrain.context}: a document is long before it fills a row")
         if self.midtrain.rope_theta < self.model.rope_theta: raise ValueError(f"midtrain.rope_theta {self.midtrain.rope_theta:g} is below model.rope_theta {self.model.rope_theta:g}: the base rises with the context")
         if self.sft.context > self.midtrain.context: raise ValueError(f"sft.context {self.sft.context} exceeds midtrain.context {self.midtrain.context}")
         if self.pts.max_total > self.midtrain.context: raise ValueError(f"pts.max_total {self.pts.max_total} exceeds midtrain.context {self.midtrain.context}")
