@@ -4,12 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
-from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -233,15 +231,6 @@ def test_an_index_that_names_no_files(sharded, text, said):
 def test_a_configuration_that_is_no_object(sharded, text):
     (sharded/"config.json").write_text(text)
     with pytest.raises(ValueError, match="m/config.json holds no JSON object"): from_pretrained(sharded)
-
-
-def test_a_hub_that_does_not_answer_is_said_at_once(monkeypatch):
-    "Its client alone tries again for most of a minute."
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    with pytest.raises(ValueError, match="no checkpoint directory nobody/nothing"): from_pretrained("nobody/nothing")
-    assert not waits
 
 
 def test_a_shard_of_another_checkpoint_is_named(sharded, tmp_path):

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['FUSED', 'SMOLLM2', 'to_hf_config', 'refuse_differences', 'check_types', 'from_hf_config', 'swap', 'write_json',
-           'save_pretrained', 'weight_files', 'read_json', 'stored_as', 'read_weights', 'hub_answers',
-           'checkpoint_directory', 'read_gguf', 'open_tensors', 'from_pretrained', 'convert_gguf', 'cached_gguf',
-           'smollm2']
+           'save_pretrained', 'weight_files', 'read_json', 'stored_as', 'read_weights', 'checkpoint_directory',
+           'read_gguf', 'open_tensors', 'from_pretrained', 'convert_gguf', 'cached_gguf', 'smollm2']
 
 # %% ../../nbs/13_model.pretrained.ipynb #477efedd
 import json, os, re, shutil, zipfile
@@ -18,8 +17,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
-from huggingface_hub import constants, save_torch_state_dict, snapshot_download
-from huggingface_hub.utils import get_session
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -180,18 +178,13 @@ def read_weights(
     return {ours: torch.cat([read(name) for name in theirs]).to(device, dtype) for ours, theirs in parts.items()}
 
 # %% ../../nbs/13_model.pretrained.ipynb #6272f3e7
-def hub_answers()->bool:
-    "Whether the Hugging Face hub can be reached; its own client would try for most of a minute."
-    try: return bool(get_session().head(constants.ENDPOINT, timeout=5))
-    except Exception: return False
-
 def checkpoint_directory(
     path,  # a directory, or organisation/model on the Hugging Face hub
 )->Path:
     "The local directory of a checkpoint, fetched if need be."
     if Path(path).is_dir(): return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)): raise ValueError(f"no checkpoint directory {path}")
-    try: return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"], local_files_only=not hub_answers()))
+    try: return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as e: raise ValueError(f"no checkpoint directory {path}, and no such model from the hub ({type(e).__name__}: {str(e)[:200]})") from e
 
 # %% ../../nbs/13_model.pretrained.ipynb #315e7791
