@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from phi4_ref import artifact, cli
 from phi4_ref.artifact import StageRefused
@@ -21,7 +23,7 @@ import phi4_ref.run as run_module
 from phi4_ref.run import chosen, computed, open_checkpoint, run
 from phi4_ref.train import pretrain
 
-from tiny import TINY, phi4, start
+from tiny import ENV, TINY, phi4, start
 
 STAGES = ["collect", "curate", "synth", "pretrain", "midtrain", "sft_data", "sft", "pts", "dpo", "dpo_shuffled", "dpo_full", "judge", "stage2_only", "final", "eval", "report"]
 
@@ -330,7 +332,7 @@ AHEAD = {
 @pytest.mark.parametrize("change", AHEAD)
 def test_what_a_later_stage_would_stumble_over(tmp_path, change):
     with pytest.raises(ValueError, match=f"^{AHEAD[change]}"): run(load_config("toy", [f"out={tmp_path/'run'}", *TINY, change]))
-    assert not list((tmp_path/"run").glob("*"))  # nothing was made, nor the configuration kept
+    assert [p.name for p in (tmp_path/"run").iterdir()] == [".lock"]  # nothing was made, nor the configuration kept
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed, so nothing is refused")
@@ -443,3 +445,70 @@ def test_chats_that_are_all_too_long(tiny_run, tmp_path):
 def test_a_search_without_a_question_of_its_kinds(tiny_run, tmp_path):
     folder = begun(tiny_run, tmp_path/"run", "sft")
     with pytest.raises(ValueError, match="no question of the kinds code among those of .*synth: widen pts.kinds"): run(config_of(folder, "pts.kinds=[code]"), "pts")
+
+
+# --- the command's own options --------------------------------------------------------------------------------------------
+
+OWN = ["pts", "--model", "m", "--data", "d.jsonl", "--out", "o"]
+
+
+@pytest.mark.parametrize("args, said", [
+    (["pts", "r", "--samples", "5"], "--samples and 'r' do not go together: .* a run takes settings"),
+    (["pts", "r", "--model", "m", "--p-gap", "0.2"], "--model, --p-gap and 'r' do not go together"),
+    ([*OWN, "pts.samples=5"], "--model, --data, --out and 'pts.samples=5' do not go together"),
+    ([*OWN, "--force"], "--force is for a run: .* to begin anew, delete o"),
+    ([*OWN, "--base-url", ""], "--base-url '' is no address: give http://HOST:PORT/v1, or leave it out"),
+    ([*OWN, "--base-url", "localhost:8000"], "--base-url 'localhost:8000' is no address"),
+    ([*OWN, "--served-name", "x"], "--served-name x is a name at an endpoint: give its --base-url"),
+    ([*OWN, "--segments", "all"], "--segments all: give a number above 0, or complete"),
+    ([*OWN, "--segments", "0"], "--segments 0: give a number above 0"),
+    ([*OWN, "--p-gap", "1"], "--p-gap 1: "),
+    ([*OWN[:-1], "file"], "--out file is a file: name a directory"),
+    (["chat", "nowhere"], "no directory nowhere: give a run directory, such as runs/toy"),
+    (["chat", "file"], "no directory file"),
+    (["chat", "empty"], "no model in empty: give a checkpoint directory"),
+    (["chat", "begun"], "no model in begun: finish the run with `phi4 run begun`"),
+])
+def test_options_that_make_nothing(tmp_path, monkeypatch, args, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    (tmp_path/"file").write_text("x")
+    for name in ("empty", "begun"): (tmp_path/name).mkdir()
+    (tmp_path/"begun"/"config.yaml").write_text("name: toy")
+    done = CliRunner().invoke(cli.app, args)
+    assert done.exit_code == 2 and re.match(f"phi4: {said}", done.stderr) and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_seeds_out_of_range_are_refused():
+    for verb in (["chat", "r"], OWN):
+        for seed in ("-1", str(2**31)):
+            done = CliRunner().invoke(cli.app, [*verb, "--seed", seed])
+            assert done.exit_code == 2 and "--seed" in done.stderr and not isinstance(done.exception, OverflowError)
+
+
+def test_a_directory_called_like_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"toy").mkdir()
+    assert cli.find_config("toy", []).name == "toy"
+    (tmp_path/"mine").mkdir()
+    with pytest.raises(ValueError, match="mine is not a run directory"): cli.find_config("mine", [])
+
+
+def test_chat_reads_what_is_no_utf8(tiny_run):
+    done = subprocess.run([sys.executable, "-m", "phi4_ref.cli", "chat", tiny_run], input=b"\xff\xfe hello\n", capture_output=True, env={**ENV, "PYTHONIOENCODING": "utf-8:surrogateescape"})
+    assert done.returncode == 0 and done.stdout, done.stderr
+    done = subprocess.run([sys.executable, "-m", "phi4_ref.cli", "chat", tiny_run], input=b"\xff\xfe hello\n", capture_output=True, env={**ENV, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 2 and done.stderr.startswith(b"phi4: the input is not UTF-8")
+
+
+def test_a_terminal_that_lacks_a_letter():
+    done = subprocess.run([sys.executable, "-m", "phi4_ref.cli", "plan", "toy"], capture_output=True, text=True, env={**ENV, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "phi-4 ?3" in done.stdout, done.stderr
+
+
+def test_a_reader_that_goes_away(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "collect")
+    process = start("curate", folder)
+    process.stdout.close()
+    assert "nobody reads the output any more: what is finished is kept" in process.communicate(timeout=120)[1] and process.returncode == 141
+    assert phi4("curate", folder)[0] == 0
