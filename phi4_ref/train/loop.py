@@ -6,7 +6,7 @@
 __all__ = ['WINDOW', 'FREE', 'TrainSettings', 'lr_at', 'param_groups', 'make_optimizer', 'plain_lm_loss', 'ChunkedCrossEntropy',
            'chunked_cross_entropy', 'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share',
            'own_rows', 'count_tokens', 'train_step', 'scale_gradients', 'is_spike', 'broken_rows', 'name_rows',
-           'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out', 'validate', 'check_compiler',
+           'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out', 'validate', 'check_compiler', 'trackers',
            'make_accelerator', 'gather_bf16', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
@@ -375,15 +375,21 @@ def check_compiler(
         f'launched with dynamo backend inductor, which compiles C++ on a CPU, and there is no {name}: install it, name another C++ compiler in the environment variable CXX, or launch without')
 
 # %% ../../nbs/41_train.loop.ipynb #e2b72de4
+def trackers(
+    name:str,  # `TrainSettings.tracker`
+)->list:       # for Accelerate
+    "The tracker that is meant. ValueError for one that is not installed."
+    known = [str(tracker) for tracker in get_available_trackers()]
+    wanted = [t for t in ['tensorboard'] if t in known] if name == 'auto' else [] if name == 'none' else [name]
+    if set(wanted) - set(known): raise ValueError(f"tracker {name!r} is not installed: choose {', '.join([*known, 'none'])}, or install it")
+    return wanted
+
 def make_accelerator(
     settings:TrainSettings,
     out_dir,         # gets a folder `trackers`, if the tracker writes files
 )->Accelerator:      # as the process was launched; ValueError for a launch that the loop does not serve
     "Accelerate, with its tracker chosen."
-    known = [str(tracker) for tracker in get_available_trackers()]
-    wanted = [t for t in ['tensorboard'] if t in known] if settings.tracker == 'auto' else [] if settings.tracker == 'none' else [settings.tracker]
-    if set(wanted) - set(known): raise ValueError(f"tracker {settings.tracker!r} is not installed: choose {', '.join([*known, 'none'])}, or install it")
-    accelerator = Accelerator(log_with=wanted or None, project_dir=str(out_dir))
+    accelerator = Accelerator(log_with=trackers(settings.tracker) or None, project_dir=str(out_dir))
     state = accelerator.state
     if (launched := int(os.environ.get('WORLD_SIZE', 1))) != accelerator.num_processes: raise ValueError(f'{launched} processes were launched and each takes itself for the only one: make an Accelerator() before anything asks for a PartialState()')
     if state.dynamo_plugin.backend == DynamoBackend.INDUCTOR: check_compiler(accelerator.device)

@@ -483,8 +483,13 @@ def plan(
     gradient_bytes:int=4,    # 2: gradients in bf16
     moment_bytes:int=4,      # 2: AdamW's moments in bf16
 )->Plan:
-    "What a configuration needs on a cluster. ValueError if pretraining's batch cannot be shared."
+    "What a configuration needs on a cluster. ValueError for impossible numbers, and if pretraining's batch cannot be shared."
     if gpus < 1 or not 0 < mfu <= 1: raise ValueError(f'{gpus} GPUs at an MFU of {mfu:g}: take at least one GPU, and an MFU above 0 and at most 1')
+    for name, value in dict(peak_tflops=peak_tflops, memory_gb=memory_gb, node=node, network_gbits=network_gbits).items():
+        if value is not None and not 0 < value < math.inf: raise ValueError(f'{name} {value:g}: give a number above 0')
+    if not 0 <= price < math.inf: raise ValueError(f'price {price:g}: give dollars a GPU hour, 0 or more')
+    for name, value in dict(gradient_bytes=gradient_bytes, moment_bytes=moment_bytes).items():
+        if value not in (2, 4): raise ValueError(f'{name} {value}: give 4 for float32, or 2 for bf16')
     device, shape = choose_device(gpu, peak_tflops, memory_gb), shape_of(config)
     share_batch(config.pretrain, gpus, 'pretrain')
     on = {name: layouts(shape, section, most_gpus(section, gpus), device, node, network_gbits / 8 * 1e9, gradient_bytes, moment_bytes)
