@@ -468,6 +468,6 @@ def train(
                 if stopped: raise KeyboardInterrupt(f'stopped after step {step + 1}, checkpoint written; the same call continues')
         finally: finish(pending)
     for tracker in accelerator.trackers: tracker.finish()
-    if zero: objective.destroy()  # takes its hooks off the model
+    if zero: optimizer.release()
     model.eval()
     return rows

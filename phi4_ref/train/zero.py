@@ -77,6 +77,11 @@ class ZeroOptimizer:
     def step(self): self.engine.step()
     def zero_grad(self): self.zero.averaged_gradients.update(dict.fromkeys(self.zero.averaged_gradients))
 
+    def release(self):
+        "The model without the engine: no hooks, and every parameter in memory of its own, as those who save it expect."
+        self.engine.destroy()
+        for p in self.engine.module.parameters(): p.data = p.data.clone()
+
     def named_groups(self)->list:  # (group, slice's state, [(name, parameter), ...])
         names = {id(p): name for name, p in self.engine.module.named_parameters()}
         return [(group, self.zero.state[group['params'][0]], [(names[id(p)], p) for p in params]) for group, params in zip(self.param_groups, self.zero.bit16_groups)]
