@@ -183,7 +183,7 @@ def sample_and_grade(
     texts = [sampling.tokenizer.decode(g + list(c.ids), skip_special_tokens=True) for g, c in zip(given, completions, strict=True)]
     graded, errors = grade(sampling.oracle, questions, texts, counts=sampling.totals)
     sampling.totals.update(rollouts=len(seeds), oracle_errors=errors, generated_tokens=sum(len(c.ids) for c in completions))
-    return completions, [ok and c.finished for ok, c in zip(graded, completions)]
+    return completions, [ok and c.finished for ok, c in zip(graded, completions, strict=True)]
 
 # %% ../../nbs/51_post.pts.ipynb #a5e6a67f
 def draw(
@@ -199,7 +199,7 @@ def draw(
     cases, positions, prefixes, seeds = zip(*rows)
     given = [case.tokens[:position] for case, position in zip(cases, positions)]
     completions, graded = sample_and_grade([c.question for c in cases], list(prefixes), given, list(seeds), sampling)
-    for case, position, g, c, ok in zip(cases, positions, given, completions, graded): case.rollouts.append((position, g + list(c.ids), ok))
+    for case, position, g, c, ok in zip(cases, positions, given, completions, graded, strict=True): case.rollouts.append((position, g + list(c.ids), ok))
 
 # %% ../../nbs/51_post.pts.ipynb #6b1d40c3
 def top_up(

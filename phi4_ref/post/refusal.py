@@ -21,7 +21,7 @@ def exact_grades(
 )->list[str]:             # true, false or uncertain (declined), one per answer
     "Grade against the key without a language model."
     right, _ = grade(answer_oracle, questions, answers)
-    return ['true' if ok else 'uncertain' if is_refusal(a) else 'false' for ok, a in zip(right, answers)]
+    return ['true' if ok else 'uncertain' if is_refusal(a) else 'false' for ok, a in zip(right, answers, strict=True)]
 
 # %% ../../nbs/54_post.refusal.ipynb #251528d4
 GRADE = """
