@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'app', 'Target', 'Changes', 'Seed', 'Force', 'VERBS_HELP', 'keep_memory', 'find_config',
-           'interrupts_kept', 'report_mistakes', 'add_verb', 'pts_options', 'refuse_both', 'pts', 'plan', 'stress',
-           'reply', 'chat', 'main']
+           'interrupts_kept', 'report_mistakes', 'add_verb', 'pts_options', 'refuse_both', 'draw_figure3', 'pts',
+           'plan', 'stress', 'reply', 'chat', 'main']
 
 # %% ../nbs/71_cli.ipynb #2355abff
 import os
@@ -132,6 +132,17 @@ def refuse_both(
     "ValueError for options of the one command that were given to the other."
     if given: raise ValueError(f"{', '.join(given)} and {target!r} do not go together: options are for a search on a model of your own, and a run takes settings (`phi4 pts RUN pts.samples=20`)")
 
+def draw_figure3(
+    out:Path,     # directory of a data set by `pts_dataset`
+    p_gap:float,  # of its search
+)->Path:          # the page
+    "Figure 3 for the trajectory of the search that was followed token by token."
+    from phi4_ref.eval.page import figure3_page
+    from phi4_ref.records import load_json
+    [row] = [t for t in load_json(out/"trajectories.json") if "trace" in t]
+    figure3_page(row["pieces"], row["trace"], row["logprobs"], p_gap, prompt=row["query"], path=out/"figure3.html")
+    return out/"figure3.html"
+
 @app.command(help="Pivotal token search (section 4.3, Figure 4): of a run, or of any model with --model, --data and --out.")
 def pts(
     context:typer.Context,
@@ -139,7 +150,7 @@ def pts(
     model:Annotated[str, typer.Option(help="Any causal language model: a directory or a hub name.")]=None,
     data:Annotated[str, typer.Option(help="Questions: .jsonl, .parquet, a glob, or a hub data set.")]=None,
     out:Annotated[str, typer.Option(help="Directory of the data set to be made.")]=None,
-    question_column:str="question", answer_column:str="answer",
+    question_column:str="question", answer_column:Annotated[str, typer.Option(help="With a column `choices` (a list of texts) the questions are multiple choice, the answer one of them, its letter, or its index.")]="answer",
     limit:Annotated[int, typer.Option(min=1, help="At most so many questions.")]=None,
     samples:Annotated[int, typer.Option(min=2, help="Rollouts for each estimate of p(success).")]=20,
     confirm:Annotated[int, typer.Option(min=0, help="Most further rollouts that confirm a pivot; 0: not confirmed.")]=40,
@@ -147,6 +158,9 @@ def pts(
     trajectories:Annotated[int, typer.Option(min=1, help="Completions searched for each question.")]=1,
     segments:Annotated[str, typer.Option(help="Parts of a completion that the search begins with; complete: every token.")]="complete",
     p_gap:Annotated[float, typer.Option(min=0, max=1)]=.2,
+    band:Annotated[tuple[float, float], typer.Option(min=0, max=1, metavar="LOW HIGH", help="Questions searched, by p(success).")]=(.2, .8),
+    fdr:Annotated[float, typer.Option(min=0, max=1, help="False discovery rate among the confirmed pairs.")]=.05,
+    margin:Annotated[float, typer.Option(min=0, max=.999, help="Change of p(success) that a confirmed pivot must exceed; without it, that of the library's search.")]=None,
     temperature:Annotated[float, typer.Option(min=0.01)]=1., top_p:Annotated[float, typer.Option(min=0.01, max=1)]=1.,
     base_url:Annotated[str, typer.Option(help="Draw rollouts from an OpenAI-compatible endpoint that serves this model (token ids and log-probabilities needed: vLLM, SGLang).")]=None,
     served_name:Annotated[str, typer.Option(help="The model's name there; without it, --model.")]=None,
@@ -161,8 +175,8 @@ def pts(
         questions, (loaded, tokenizer) = read_questions(data, question_column, answer_column, limit), open_model(model)
         sampler = endpoint_sampler(served_name or model, base_url, end_ids(loaded, tokenizer), temperature, top_p) if base_url else None
         counts = pts_dataset(loaded, tokenizer, questions, Path(out), sampler=sampler, model_id=model, dataset_id=data, max_total=max_total, temperature=temperature, top_p=top_p, n_samples=samples, filter_samples=samples,
-                             trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, confirm_samples=confirm, null=null, seed=seed)
-        print(f"{out}: {counts['pairs']} pairs from {counts['in_band']} of {counts['questions']} questions, {counts['candidates']} candidates, {counts['rollouts']:,} rollouts" + (f"; by chance {counts['null_search_pairs']} of {counts['null_search_candidates']} candidates" if null else ""))
+                             trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, band=band, confirm_samples=confirm, fdr=fdr, margin=margin, null=null, seed=seed)
+        print(f"{out}: {counts['pairs']} pairs from {counts['in_band']} of {counts['questions']} questions, {counts['candidates']} candidates, {counts['rollouts']:,} rollouts" + (f"; by chance {counts['null_search_pairs']} of {counts['null_search_candidates']} candidates" if null else "") + f"; one trajectory token by token: {draw_figure3(Path(out), p_gap)}")
     def of_run():
         options = [name for name in context.params if name not in ("target", "changes", "force")]
         refuse_both(target, [f"--{name.replace('_', '-')}" for name in options if context.get_parameter_source(name).name == "COMMANDLINE"])

@@ -352,6 +352,11 @@ def test_each_pair_is_smoothed_by_its_own_counts(tmp_path, monkeypatch):
         return [of[r['chosen_ids'][0]] for r in pairs]
     assert smoothed(loss='cdpo') == pytest.approx([dpo.label_noise(10, 9, 10, 5), dpo.label_noise(10, 6, 10, 5), 0.])  # no counts: taken at its word
     assert smoothed(loss='robust', label_smoothing=.07) == pytest.approx([.07] * 3)
+    for r, rises in zip(pairs, (True, False)): r['meta'] |= dict(is_positive=rises, n_own=40, k_own=30 if rises else 17, n_others=50, k_others=25)
+    assert smoothed(loss='cdpo') == pytest.approx([dpo.label_noise(40, 30, 50, 25), dpo.label_noise(50, 25, 40, 17), 0.])  # the test's counts, where there was one
+    for r in pairs[:2]: r |= r.pop('meta')
+    assert smoothed(loss='cdpo')[:2] == pytest.approx([dpo.label_noise(40, 30, 50, 25), dpo.label_noise(50, 25, 40, 17)])  # a data set's rows are flat
+    assert smoothed() == [0.] * 3
     pairs[2]['meta'] = dict(n_chosen=1, k_chosen=1, n_rejected=60, k_rejected=58)
     with pytest.raises(ValueError, match='leave the pair out or set label_smoothing'): smoothed(loss='robust')
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from phi4_ref.model.generate import Completion
 from phi4_ref.model.transformer import ModelConfig, Transformer
 from phi4_ref.post import pts
+from phi4_ref.synth.llm import ReplyStore
 
 NUMBERS = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: ' '.join(map(str, ids)))
 
@@ -160,6 +161,46 @@ def counting(trees):
         drawn.append(len(prompts))
         return pts.tree_sampler(trees)(prompts, seeds, max_total)
     return sampler, drawn
+
+
+def test_a_sampler_that_fails_within_a_call_loses_one_slice(tmp_path):
+    trees, bad = forest(8), set()
+    sampler, drawn = counting(trees)
+    def failing(prompts, seeds, max_total):
+        if bad & set(seeds): raise ConnectionError
+        return sampler(prompts, seeds, max_total)
+    failing.slice = 7
+    settings = dict(band=(0., 1.), segments='complete', confirm_samples=20)
+    whole, asked = run(trees, **settings), [[i] for i in trees for _ in range(10)]
+    kept = pts.stored(failing, tmp_path/'a.sqlite', 'trees')
+    bad.add(23)
+    with pytest.raises(ConnectionError): kept(asked, list(range(80)), 20)
+    assert len(ReplyStore(tmp_path/'a.sqlite')) == sum(drawn) == 21
+    bad.clear()
+    assert kept(asked, list(range(80)), 20) == pts.tree_sampler(trees)(asked, list(range(80)), 20) and sum(drawn) == 80 and max(drawn) == 7
+    assert kept(asked * 2, [*range(80)] * 2, 20)[:80] == kept(asked, list(range(80)), 20) and sum(drawn) == 80
+    assert run(trees, pts.stored(failing, tmp_path/'b.sqlite', 'trees'), **settings) == whole
+    engine = pts.model_sampler(None, (0,), batch_size=3)
+    assert engine.slice >= 2 * 3, 'slices as small as the batch would leave rows of it idle'
+
+
+@pytest.mark.parametrize('split', ['length', 'surprisal'])
+def test_how_segments_are_halved(split, monkeypatch):
+    used, plain = set(), pts.split_point
+    monkeypatch.setattr(pts, 'split_point', lambda logprobs, by='surprisal': used.add(by) or plain(logprobs, by))
+    trees = forest(60)
+    pairs, rows, counts = run(trees, n_samples=60, split=split)
+    assert used == {split} and counts['pairs'] > 10 and sum(p in t['pivots'] for t in rows for p in t['pivots']) >= counts['pairs']
+    at = {split: [p for t in run(trees, n_samples=60, split=split)[1] for p, *_ in t['estimates']] for split in ('length', 'surprisal')}
+    assert at['length'] != at['surprisal']
+
+
+def test_choices_that_are_none_are_refused_before_a_rollout():
+    def undrawn(*_): raise AssertionError('a rollout was drawn')
+    for wrong, said in ((dict(split='lenght'), "split='lenght'"), (dict(band=(.8, .2)), 'band='), (dict(band=(20, 80)), 'band='), (dict(fdr=5), 'fdr=5')):
+        with pytest.raises(ValueError, match=said): run(forest(2), undrawn, **wrong)
+    with pytest.raises(ValueError, match="split='lenght'"): pts.split_point([-1., -2.], 'lenght')
+    assert pts.split_point([-9., -1., -1., -1.], 'length') == 2 and pts.split_point([-9., -1., -1., -1.]) == 1
 
 
 def test_stored_rollouts_are_not_drawn_again_and_a_larger_search_adds_to_them(tmp_path):

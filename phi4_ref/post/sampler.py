@@ -282,4 +282,5 @@ def endpoint_sampler(
         done = run_async(send_all(endpoint, [completion_request(prompts[i], seeds[i], max_total, stop_ids, temperature, top_p) for i in room]))
         found = dict(zip(room, done))
         return [found.get(i) or Completion([], [], False) for i in range(len(prompts))]
+    sampler.slice = 2 * concurrency  # what a server that fails can lose of a search (`pts.stored`)
     return sampler
