@@ -264,10 +264,28 @@ def compute_table(run, args):
     return table(['tokens read', 'pivotal pairs, %', 'whole answers, %', 'the same at twice the learning rate, %', 'pivotal minus whole, points', 'pivotal minus twice the rate, points'], rows)
 
 
+LOSSES = {'pivotal pairs, KL to the reference': ('token', None), 'pivotal pairs, plain loss (the paper\'s)': ('token', 0.), 'whole answers, KL to the reference': ('full', None), 'whole answers, plain loss': ('full', 0.)}
+
+def losses_table(run, args):
+    "Accuracy after training with and without the KL term, over learning rates: no arm is left at a rate that suits another."
+    (test, settings, epochs), pairs = test_items(run, args), load(run/'pts'/'pairs.parquet')
+    whole, rates = pts.full_length_pairs(load_json(run/'pts'/'trajectories.json'), sampler_of(run/'sft', run)[1]), (1 / 10, 1 / 3, 1, 2, 4)
+    rows, passes = [], dict(token=epochs, full=epochs * pair_tokens(pairs, 'token') / pair_tokens(whole, 'full'))
+    for name, (kind, kl) in LOSSES.items():
+        kl = settings['kl_weight'] if kl is None else kl
+        cells = []
+        for rate in rates:
+            ids, right = score_after(run, f'{kind}-kl-{kl:g}-rate-{rate:.2f}', dict(token=pairs, full=whole)[kind], kind, settings | dict(lr=settings['lr'] * rate, kl_weight=kl), passes[kind], test)
+            cells.append(percent(mean_interval(right, ids)))
+        rows.append([name, *cells])
+    return f'{len(pairs)} pivotal pairs, {len(whole)} pairs of whole answers at the same compute; accuracy at temperature 1, %. KL weight {settings["kl_weight"]:g}.\n\n' + table(['learning rate', *(f'{settings["lr"] * rate:.0e}' for rate in rates)], rows)
+
+
 def report(runs, args):
     parts = [f'torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}; runs: {len(runs)}. Brackets: 95% over questions.', '**Held-out accuracy**', accuracy_table(runs),
              '**The pivots after training**', after_table(runs, args.rollouts), '**Which tokens are pivotal**', tokens_table(runs)]
     if args.compute: parts += ['**At less compute**', compute_table(runs[0], args)]
+    if args.losses: parts += ['**With and without the KL term**', losses_table(runs[0], args)]
     if args.ablate: parts += ['**One setting changed**', ablation_table(runs[0], args)]
     text = '\n\n'.join(parts)
     print(text)
@@ -281,7 +299,8 @@ if __name__ == '__main__':
     parser.add_argument('--chats', type=int, default=600); parser.add_argument('--tokens', type=int, default=60_000); parser.add_argument('--sft-lr', type=float, default=1e-4)
     parser.add_argument('--questions', type=int, default=150); parser.add_argument('--items', type=int, default=150); parser.add_argument('--prompts', type=int, default=60)
     parser.add_argument('--lr', type=float, default=1e-5); parser.add_argument('--epochs', type=float, default=6)
-    parser.add_argument('--rollouts', type=int, default=20, help='from each pivot and checkpoint'); parser.add_argument('--compute', action='store_true', help='the table of accuracy against compute, on the first run'); parser.add_argument('--ablate', type=int, default=0, help='questions for the table of changed settings, on the first run; 0: no such table')
+    parser.add_argument('--rollouts', type=int, default=20, help='from each pivot and checkpoint'); parser.add_argument('--compute', action='store_true', help='the table of accuracy against compute, on the first run')
+    parser.add_argument('--losses', action='store_true', help='the table of losses and learning rates, on the first run'); parser.add_argument('--ablate', type=int, default=0, help='questions for the table of changed settings, on the first run; 0: no such table')
     parser.add_argument('--table', type=Path, help='file that the tables are written to')
     args = parser.parse_args()
     if bool(args.model) == bool(args.runs) or args.model and not args.out: parser.error('give finished runs, or --model and --out')
