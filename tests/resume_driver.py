@@ -135,6 +135,21 @@ def truncated(tmp, name):
     assert forked(run, out, mixture()) == 0
     return same(out, unbroken(tmp, 'mixture'))
 
+def terminated(tmp):
+    "A scheduler ends the job while step 5 is made, and the launcher passes its signal on; then the run is finished."
+    out = tmp/'terminated'
+    class Ended(Deadly):
+        def batch(self, step):
+            if step == 4: os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)
+            return self.batches.batch(step)
+    def child():
+        try: run(out, Ended(mixture(), None))
+        except KeyboardInterrupt as e: assert 'stopped after step 5' in str(e)
+    assert forked(child) == 0
+    assert sorted(p.name for p in (out/'checkpoints').iterdir()) == ['step_00000003', 'step_00000005'] and not (out/'result.pt').exists()
+    assert forked(run, out, mixture()) == 0
+    return same(out, unbroken(tmp, 'mixture'))
+
 def killed_anytime(tmp):
     "Killed by the clock, again and again, until it is through."
     out, rng = tmp/'anytime', random.Random(0)

@@ -27,4 +27,6 @@ def test_truncated_checkpoint_falls_back(folder, name):
     out = drive(folder, 'truncated', name)
     assert 'damaged checkpoint passed over' in out and name in out
 
+def test_terminated_by_a_scheduler(folder): drive(folder, 'terminated')
+
 def test_killed_by_the_clock(folder): drive(folder, 'killed_anytime')

@@ -291,16 +291,16 @@ def cut_log(
 # %% ../../nbs/41_train.loop.ipynb #0a44aa97
 @contextmanager
 def interrupt_flag():
-    "Within this block the first Ctrl-C sets the yielded event instead of raising."
+    "Within this block SIGTERM and the first Ctrl-C set the yielded event instead of ending the process."
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread(): yield flag; return
-    before = signal.getsignal(signal.SIGINT)
     def handler(number, frame):
-        signal.signal(signal.SIGINT, before)
+        if number == signal.SIGINT: signal.signal(number, before[number])
         flag.set()
-    signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try: yield flag
-    finally: signal.signal(signal.SIGINT, before)
+    finally:
+        for number, old in before.items(): signal.signal(number, old)
 
 # %% ../../nbs/41_train.loop.ipynb #c55aec1e
 def utilisation(
