@@ -34,7 +34,7 @@ def one(tmp_path_factory): return launch(None, 'train_all', tmp_path_factory.mkt
 def assert_same(a, b, tolerance):
     "Every logged number and every weight, but for the rounding of sums taken in another order."
     assert [r['step'] for r in a['rows']] == [r['step'] for r in b['rows']] and [r['targets'] for r in a['rows']] == [r['targets'] for r in b['rows']]
-    for key in ('loss', 'grad_norm'): assert np.allclose([r[key] for r in a['rows']], [r[key] for r in b['rows']], rtol=tolerance, atol=0), key
+    for key in ('loss', 'grad_norm'): assert np.allclose([r[key] for r in a['rows']], [r[key] for r in b['rows']], rtol=tolerance, atol=0, equal_nan=True), key
     assert [r['val_loss/a'] for r in a['rows'] if 'val_loss/a' in r] == pytest.approx([r['val_loss/a'] for r in b['rows'] if 'val_loss/a' in r], rel=tolerance)
     assert a['weights'].keys() == b['weights'].keys()
     for k, v in a['weights'].items(): assert torch.allclose(v, b['weights'][k], atol=2e-5), k
@@ -53,6 +53,10 @@ def test_sharded_weights_travel_in_bf16(tmp_path):
     assert ('weight', 'torch.bfloat16') in two['rows'][0]['seen'] and ('weight', 'torch.float32') in alone['rows'][0]['seen']
     assert ('normed', 'torch.bfloat16') not in two['rows'][0]['seen'] and all(v.dtype == torch.float32 for v in two['weights'].values())
     assert np.allclose([r['loss'] for r in alone['rows']], [r['loss'] for r in two['rows']], rtol=3e-3)
+    again = launch('fsdp2', 'train_recomputed', tmp_path/'again')  # with activation checkpointing, as the 14B is trained: not a bit of the result is another
+    assert [[r[k] for k in ('loss', 'grad_norm')] for r in again['rows']] == [[r[k] for k in ('loss', 'grad_norm')] for r in two['rows']]
+    assert all(torch.equal(v, two['weights'][k]) for k, v in again['weights'].items())
+    assert again['rows'][0]['seen'] == two['rows'][0]['seen'] and again['rows'][0]['calls'] == two['rows'][0]['calls'] + 6 * 2 * 2  # steps, micro-batches of a process, layers
 
 @pytest.mark.parametrize('first, then', [('fsdp2', 'fsdp2'), ('ddp', 'ddp'), ('fsdp2', None), (None, 'fsdp2')])
 def test_stopped_and_continued(one, first, then, tmp_path):
@@ -123,6 +127,13 @@ def test_a_bad_row_is_named_by_every_process(tmp_path):
     said = [(tmp_path/f'error_{rank}').read_text() for rank in range(2)]
     assert all('step 5: loss is nan' in s and 'from row 6.' in s for s in said), said
     assert (tmp_path/'checkpoints'/'step_00000004'/'state.json').exists()
+
+@pytest.mark.parametrize('kind', ['ddp', 'fsdp2'])
+def test_a_bad_step_is_passed_over_by_every_process(kind, tmp_path):
+    one, two = launch(None, 'passed_over', tmp_path/'one'), launch(kind, 'passed_over', tmp_path/'two')
+    assert_same(one, two, 1e-4)
+    assert [(r['skipped'], r.get('broken')) for r in two['rows']] == [(r['skipped'], r.get('broken')) for r in one['rows']] and two['rows'][3]['broken'] == 'row 6'
+    assert np.isnan(two['rows'][3]['loss']) and np.isfinite([r['loss'] for r in two['rows'] if r['step'] != 4]).all()
 
 def test_configurations_are_accelerates():
     from accelerate.commands.config.config_args import load_config_from_file
