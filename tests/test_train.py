@@ -1,5 +1,4 @@
 "Batches, loss and the training stages."
-import importlib.util
 import json
 import math
 import subprocess
@@ -446,7 +445,6 @@ def test_a_checkpoint_is_a_moment(tmp_path):
 def test_unknown_tracker_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'abacus' is not installed"): train(tiny(), Fixed(1), TrainSettings(lr=1e-3, tracker='abacus'), tmp_path)
 
-@pytest.mark.skipif(importlib.util.find_spec('tensorboard') is None, reason='tensorboard is not installed')
 def test_tensorboard_has_the_log(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     rows = train(tiny(), Fixed(3), TrainSettings(lr=1e-3), tmp_path)
