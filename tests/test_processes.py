@@ -149,13 +149,18 @@ def test_the_command_under_accelerate(tiny_run, tmp_path):
     from test_run import begun
     folder = begun(tiny_run, tmp_path/'run', 'curate')
     env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', TOKENIZERS_PARALLELISM='false')
-    command = lambda verb: subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/'fsdp2.yaml'), '--num_processes', '2',
-                                           '-m', 'phi4_ref.cli', verb, str(folder)], env=env, capture_output=True, text=True)
+    command = lambda verb, *more: subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/'fsdp2.yaml'), '--num_processes', '2',
+                                           '-m', 'phi4_ref.cli', verb, str(folder), *more], env=env, capture_output=True, text=True)
     done = command('synth')
     assert done.returncode and 'stage synth belongs to one process: run `phi4 synth`' in done.stderr
     folder = begun(tiny_run, tmp_path/'run2', 'synth')
+    for steps, rows in (4, 1), (6, 2):  # the first process alone writes, says and deletes; other settings are another test
+        done = command('stress', 'pretrain.batch_size=4', '--steps', str(steps), '--factors', '1,2'[:2 * rows - 1], '--warmups', '0')
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines()[0] == f'{rows} trainings of {steps} steps' and done.stdout.count('warm-up 0 steps: ') == 1 and not list(folder.rglob('checkpoints'))
     done = command('pretrain')
     assert done.returncode == 0, done.stderr[-3000:]
+    assert all(path.samefile(folder/'stress'/'shards'/path.name) for path in (folder/'pretrain'/'shards').iterdir())  # tokenised once
     two, one = (from_pretrained(path/'pretrain').state_dict() for path in (folder, tiny_run))
     assert (folder/'pretrain'/'manifest.json').exists() and done.stdout.count('[1/1] pretrain') == 2  # begun and done, from one process
     # the rows of a step are added up in another order, so equal but for float32 rounding (6e-6 of the weights, 2e-7 of the losses in 48 steps); where a CPU computes in bfloat16, shards travel in it

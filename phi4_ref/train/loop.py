@@ -349,7 +349,7 @@ def hold_out(
         if store.size < rows * context or len(kept[source]) < len(store) / 2: raise ValueError(f'{rows} validation rows of {context} tokens are more than half of source {source} ({store.size} tokens): ask for fewer')
         last = StreamRows(end, context)
         ids = torch.from_numpy(np.stack([last[i] for i in range(rows)]).astype(np.int64))
-        held[source] = dict(input_ids=ids, labels=ids.clone())
+        held[source] = dict(input_ids=ids, labels=ids)
     return kept, held
 
 # %% ../../nbs/41_train.loop.ipynb #9383cffc
@@ -419,8 +419,9 @@ def train(
     out_dir,                 # gets log.jsonl and checkpoints/
     *,
     loss=lm_loss,            # loss(model, batch) -> (sum, count, metrics)
+    schedule=lr_at,          # schedule(step, steps, settings) -> learning rate
     validation:dict=None,    # name -> batch whose loss is logged with every checkpoint that is due
-    save_every:int=100,      # steps between checkpoints; the newest two stay
+    save_every:int|None=100, # steps between checkpoints; the newest two stay. None: none but what an interrupt leaves
     resume:bool=True,        # continue from the newest whole checkpoint in out_dir; False starts over
     progress:bool=None,      # show a bar; None: if standard error is a terminal
 )->list:                     # rows of log.jsonl
@@ -442,7 +443,7 @@ def train(
          tqdm(total=steps, initial=state['step'], unit='step', disable=None if progress is None and main else not (progress and main)) as bar:
         try:
             for step in range(state['step'], steps):
-                start, batch, lr = time.perf_counter(), own_rows(batches, step, rank, processes), lr_at(step, steps, settings)
+                start, batch, lr = time.perf_counter(), own_rows(batches, step, rank, processes), schedule(step, steps, settings)
                 micros = process_share(batch, 0, 1, settings.micro_batch_size)
                 for param_group in optimizer.param_groups: param_group['lr'] = lr
                 forgive = settings.skip_sigma is not None and state.get('broken', 0) < FORGIVEN
@@ -455,14 +456,14 @@ def train(
                     if main: tqdm.write(f"step {step + 1} skipped: its {' and '.join(broken_values(row))} not finite, from {row['broken']}")
                 stopped, seconds = row.pop('stop'), time.perf_counter() - start
                 row = account(state, row, lr, seconds) | utilisation(getattr(model, 'config', None), batch, seconds, device)
-                planned = (step + 1) % save_every == 0 or step + 1 == steps
+                planned = step + 1 == steps or save_every and (step + 1) % save_every == 0
                 if planned: row |= validate(accelerator, objective, validation or {}, settings.micro_batch_size)
                 rows.append(row)
                 print(json.dumps(row), file=log, flush=True)
                 accelerator.log({k: v for k, v in row.items() if k != 'step'}, step=row['step'])
                 bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
                 bar.update()
-                if planned or stopped:
+                if planned and save_every or stopped:
                     finish(pending)
                     pending = save(accelerator, out_dir, objective, plain_optimizer, state, group)
                 if stopped: raise KeyboardInterrupt(f'stopped after step {step + 1}, checkpoint written; the same call continues')
