@@ -155,7 +155,7 @@ def test_the_command_under_accelerate(tiny_run, tmp_path):
     assert done.returncode and 'stage synth belongs to one process: run `phi4 synth`' in done.stderr
     folder = begun(tiny_run, tmp_path/'run2', 'synth')
     for steps, rows in (4, 1), (6, 2):  # the first process alone writes, says and deletes; other settings are another test
-        done = command('stress', 'pretrain.batch_size=4', '--steps', str(steps), '--factors', '1,2'[:2 * rows - 1], '--warmups', '0')
+        done = command('stress', 'pretrain.batch_size=16', '--steps', str(steps), '--factors', '1,2'[:2 * rows - 1], '--warmups', '0')
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.splitlines()[0] == f'{rows} trainings of {steps} steps' and done.stdout.count('warm-up 0 steps: ') == 1 and not list(folder.rglob('checkpoints'))
     done = command('pretrain')
