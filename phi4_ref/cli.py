@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'app', 'Target', 'Changes', 'Seed', 'Force', 'VERBS_HELP', 'keep_memory', 'find_config',
            'interrupts_kept', 'report_mistakes', 'add_verb', 'pts_options', 'refuse_both', 'draw_figure3', 'pts',
-           'plan', 'stress', 'reply', 'chat', 'main']
+           'plan', 'numbers', 'stress', 'reply', 'chat', 'main']
 
 # %% ../nbs/71_cli.ipynb #2355abff
 import os
@@ -209,16 +209,27 @@ def plan(
     report_mistakes(work)
 
 # %% ../nbs/71_cli.ipynb #0af2af05
+def numbers(
+    text:str,  # "0,0.25,1"
+)->tuple:      # of floats, none below 0
+    "Numbers of an option. ValueError for what is none."
+    try: found = tuple(float(part) for part in text.split(","))
+    except ValueError: found = ()
+    if not found or not all(0 <= number < float("inf") for number in found): raise ValueError(f"{text!r} is no list of numbers: write them with commas and without spaces, as in 0.5,1,2")
+    return found
+
 @app.command()
 def stress(
     target:Target, changes:Changes=None,
-    steps:Annotated[int, typer.Option(min=2, help="Steps of each training.")]=100,
+    steps:Annotated[int, typer.Option(min=2, help="Steps of each training; without it, 100 after the longest warm-up.")]=None,
+    warmups:Annotated[str, typer.Option(help="Warm-ups to try, times the configured one.")]="0,0.25,1",
+    factors:Annotated[str, typer.Option(help="Peak rates to try, times the configured one.")]="0.5,1,2,4,8",
 ):
     "Which peak learning rates and warm-ups pretraining survives (section 3); needs the run's documents (collect, curate, synth)."
     keep_memory()
     def work():
         from phi4_ref.run import stress as stress_run
-        stress_run(find_config(target, changes or []), steps)
+        stress_run(find_config(target, changes or []), steps, numbers(warmups), numbers(factors))
     report_mistakes(work)
 
 # %% ../nbs/71_cli.ipynb #232a9cec

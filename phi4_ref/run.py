@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['ROWS', 'CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'computed', 'Stage', 'make_world', 'make_teacher',
            'collect', 'curate_texts', 'curate', 'synthesise', 'is_first', 'train_settings', 'training_documents',
-           'open_checkpoint', 'hub_answers', 'given_tokenizer', 'pretraining_data', 'pretrain', 'stress', 'midtrain',
-           'BaseModelLLM', 'best_answers', 'refusals', 'sft_data', 'sft', 'pts', 'pair_tokens', 'with_adapter',
-           'preference_stage', 'mixed', 'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering', 'judge',
-           'judged', 'stage2_only', 'final', 'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen',
+           'open_checkpoint', 'hub_answers', 'given_tokenizer', 'share_shards', 'pretraining_data', 'pretrain',
+           'stress', 'midtrain', 'BaseModelLLM', 'best_answers', 'refusals', 'sft_data', 'sft', 'pts', 'pair_tokens',
+           'with_adapter', 'preference_stage', 'mixed', 'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering',
+           'judge', 'judged', 'stage2_only', 'final', 'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen',
            'check_all', 'check_training', 'data_sets', 'check_data', 'check_supply', 'check_teacher', 'check_ahead',
            'needs_again', 'together', 'run_stage', 'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
 import glob
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -188,6 +189,21 @@ def given_tokenizer(
     if len(tokenizer) > vocab_size: raise ValueError(f"pretrain.tokenizer: {path} has {len(tokenizer):,} tokens, and model.vocab_size {vocab_size:,} has no room for them: raise it to that number or above")
     return tokenizer
 
+def share_shards(
+    run:Path,     # directory of the run
+    shards:Path,  # where shards are wanted
+    made:str,     # digest of what they are made of
+)->None:
+    "Take the finished shards of the same documents that another part of the run has, as hard links; clear those of others."
+    note = shards/"made_of.json"
+    if note.exists() and load_json(note) != made: shutil.rmtree(shards)
+    for other in (run/"pretrain"/"shards", run/"pretrain.partial"/"shards", run/"stress"/"shards") if not shards.exists() else ():
+        if not (other/"shards.json").exists() or not (other/note.name).exists() or load_json(other/note.name) != made: continue
+        try: shutil.copytree(other, shards, copy_function=os.link)
+        except OSError: shutil.rmtree(shards, ignore_errors=True)  # a file system without links
+        else: return
+    save_json(note, made)
+
 def pretraining_data(
     c, inputs,
     shards:Path,  # directory to tokenise into, by the first process; the others wait
@@ -195,13 +211,16 @@ def pretraining_data(
     "The model's shape and tokenizer; the documents of pretraining are in `shards` then."
     from accelerate import PartialState
 
-    from phi4_ref.data.shards import write_shards
+    from phi4_ref.data.shards import tokenizer_fingerprint, write_shards
     from phi4_ref.model.tokenizer import train_tokenizer
     from phi4_ref.model.transformer import ModelConfig
     p = c.pretrain
     def documents(): return (d for d in training_documents(inputs) if not p.max_chars or len(d["text"]) <= p.max_chars)
     tokenizer = given_tokenizer(p.tokenizer, c.model.vocab_size) if p.tokenizer else train_tokenizer((d["text"] for d in documents()), c.model.vocab_size)
-    with PartialState().main_process_first(): write_shards(documents(), tokenizer, shards)
+    made = artifact.digest({"tokenizer": tokenizer_fingerprint(tokenizer), "max_chars": p.max_chars, "inputs": {name: artifact.finished(inputs[name])["fingerprint"] for name in ("curate", "synth")}})
+    with PartialState().main_process_first():
+        if is_first(): share_shards(inputs["curate"].parent, shards, made)
+        write_shards(documents(), tokenizer, shards)
     return ModelConfig(**c.model.model_dump(), max_position_embeddings=p.context), tokenizer
 
 def pretrain(c, inputs, out):
@@ -218,27 +237,37 @@ def pretrain(c, inputs, out):
 # %% ../nbs/70_run.ipynb #1a1073cc
 def stress(
     config:Config,
-    steps:int=100,  # of each training
-)->list:            # of `train.stress.stress`
+    steps:int=None,  # of each training; None: 100 after the longest warm-up
+    warmups:tuple=(0, .25, 1),       # times the configured one
+    factors:tuple=(.5, 1, 2, 4, 8),  # times the configured peak rate
+)->list:             # of `train.stress.stress`
     "The rates and warm-ups that pretraining survives, as `stress/stress.md` and a picture in the run directory (phi-4 §3)."
     import torch
+    from accelerate import Accelerator
 
     from phi4_ref.data.shards import end_of_document, load_shards
     from phi4_ref.model.transformer import Transformer
     from phi4_ref.train.data import MixtureBatches
-    from phi4_ref.train.stress import stress as stress_grid, stress_picture, stress_table
+    from phi4_ref.train.loop import hold_out
+    from phi4_ref.train.stress import safe_text, stress as stress_grid, stress_picture, stress_table
     p, inputs, out = config.pretrain, {name: Path(config.out)/name for name in ("curate", "synth")}, Path(config.out)/"stress"
     for name, path in inputs.items():
         if artifact.finished(path) is None: raise ValueError(f"stress needs {path}, which is not finished: run `phi4 {name} {config.out}` first")
+    everyone = Accelerator()  # before anything asks whether it is alone
     shape, tokenizer = pretraining_data(config, inputs, out/"shards")
-    batches = MixtureBatches(load_shards(out/"shards", tokenizer=tokenizer), p.fractions, p.context, p.batch_size, p.steps, config.seed, document_end=end_of_document(tokenizer) if p.document_mask else None)
+    stores = load_shards(out/"shards", tokenizer=tokenizer)
+    if p.validation_rows: stores, _ = hold_out(stores, p.validation_rows, p.context)
+    batches = MixtureBatches(stores, p.fractions, p.context, p.batch_size, p.steps, config.seed, document_end=end_of_document(tokenizer) if p.document_mask else None)
     def make_model():
         torch.manual_seed(config.seed)
         return Transformer(shape, **computed(config))
-    rows = stress_grid(make_model, batches, train_settings(p, config.seed), out, steps=steps)
-    (out/"stress.md").write_text(stress_table(rows) + "\n", encoding="utf-8")
-    stress_picture(rows).savefig(out/"stress.png")
-    print(stress_table(rows))
+    rows = stress_grid(make_model, batches, train_settings(p, config.seed), out, steps=steps, warmups=warmups, factors=factors)
+    if everyone.is_main_process:
+        text = f"{stress_table(rows)}\n\n{safe_text(rows, p.lr)}"
+        (out/"stress.md").write_text(text + "\n", encoding="utf-8")
+        stress_picture(rows).savefig(out/"stress.png")
+        print(text)
+    everyone.wait_for_everyone()
     return rows
 
 # %% ../nbs/70_run.ipynb #5a92558e

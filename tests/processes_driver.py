@@ -43,8 +43,9 @@ def model():
     torch.manual_seed(0)
     return Transformer(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32))
 
-def run(out, batches=None, settings=SETTINGS, m=None, **kw):
+def run(out, batches=None, settings=SETTINGS, m=None, recompute=False, **kw):
     m = m or model()
+    m.activation_checkpointing = recompute
     rows = train(m, batches or Ragged(), settings, out, loss=loss, save_every=2, validation=dict(a=Ragged().batch(99)), **kw)
     return m, rows
 
@@ -58,17 +59,20 @@ def keep(out, m, rows):
 
 def train_all(out): keep(out, *run(out))
 
-def train_bf16(out):
-    "Notes the widths in which weights and the residual stream come to a layer."
-    seen, forward = set(), Attention.forward
+def train_bf16(out, recompute=False):
+    "Notes the widths in which weights and the residual stream come to a layer, and how often one is computed."
+    seen, calls, forward = set(), [], Attention.forward
     def noted(self, x_BTD, *rest):
+        calls.append(1)
         seen.add(('normed', str(x_BTD.dtype)))
         seen.add(('weight', str(self.qkv_proj.weight.dtype)))
         return forward(self, x_BTD, *rest)
     Attention.forward = noted
-    m, rows = run(out, settings=replace(SETTINGS, precision='bf16'))
-    rows[0]['seen'] = sorted(seen)
+    m, rows = run(out, settings=replace(SETTINGS, precision='bf16'), recompute=recompute)
+    rows[0] |= dict(seen=sorted(seen), calls=len(calls))
     keep(out, m, rows)
+
+def train_recomputed(out): train_bf16(out, recompute=True)
 
 def train_parts(out):
     "Batches that can make each process's rows alone, and refuse to make them all once training has begun."
@@ -77,7 +81,7 @@ def train_parts(out):
             share = share_of(8, rank, processes)
             return {k: v[share.start:share.stop] for k, v in Ragged.batch(self, step).items()}
         def batch(self, step):
-            assert step in (0, STEPS - 1), 'the whole batch is asked for by the description only'
+            assert step in (0, STEPS - 1) and not RANK, 'the whole batch is asked for by the description only, which the first process makes'
             return super().batch(step)
     keep(out, *run(out, Parts()))
 
@@ -128,8 +132,10 @@ def llama(out): peer(out, adapter=False)
 def lora(out): peer(out, adapter=True)
 
 def poisoned(out):
-    try: run(out, Ragged(poison=4))
+    try: run(out, Ragged(poison=4), replace(SETTINGS, skip_sigma=None))
     except FloatingPointError as e: (Path(out)/f'error_{RANK}').write_text(str(e))
+
+def passed_over(out): keep(out, *run(out, Ragged(poison=3)))
 
 def die_while_saving(out):
     "Every process is killed in the background, with the shards of step 4 written and not yet renamed."

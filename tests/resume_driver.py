@@ -58,7 +58,19 @@ def chats():
     return SFTBatches(examples, 16, 6, epochs=STEPS * 6 / 11, seed=0)
 
 BATCHES = dict(mixture=mixture, long=long, chats=chats, token=lambda: pairs('token'), full=lambda: pairs('full'))
-LOSSES = dict(token=lambda: preference_loss(.1, model(seed=1), kl_weight=1.), full=lambda: preference_loss(.1))
+class Broken:
+    "`mixture`, whose row 3 has no finite loss at two steps, one on either side of a checkpoint."
+    def __init__(self): self.batches = mixture()
+    def __len__(self): return STEPS
+    def describe(self): return self.batches.describe()
+    def batch(self, step): return self.batches.batch(step) | dict(bad=torch.arange(6) == (3 if step in (5, 6) else -1))
+
+def broken_loss(model, batch):
+    total, count, metrics = lm_loss(model, batch)
+    return total * (float('nan') if batch['bad'].any() else 1), count, metrics
+
+BATCHES['broken'] = Broken
+LOSSES = dict(broken=lambda: broken_loss, token=lambda: preference_loss(.1, model(seed=1), kl_weight=1.), full=lambda: preference_loss(.1))
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
@@ -78,7 +90,7 @@ def run(out, batches, kind='mixture'):
     if kind == 'long': raise_rope(m, 40_000, 64)
     validation = dict(a=batches.batch(0)) if kind == 'mixture' else None
     rows = train(m, batches, SETTINGS, out, loss=LOSSES.get(kind, lambda: lm_loss)(), validation=validation, save_every=SAVE_EVERY)
-    row_values = [[r[k] for k in sorted(r) if 'second' not in k and k != 'tokens_per_s'] for r in rows]
+    row_values = [repr([r[k] for k in sorted(r) if 'second' not in k and k != 'tokens_per_s']) for r in rows]  # repr: nan is nan
     torch.save([m.state_dict(), row_values, [r['step'] for r in rows], sum(r['skipped'] for r in rows)], Path(out)/'result.pt')
 
 def forked(f, *args, wait=None, **kw):
@@ -132,6 +144,21 @@ def truncated(tmp, name):
     (out/'result.pt').unlink()
     file = out/'checkpoints'/f'step_{STEPS:08}'/name
     file.write_bytes(file.read_bytes()[:-100])
+    assert forked(run, out, mixture()) == 0
+    return same(out, unbroken(tmp, 'mixture'))
+
+def terminated(tmp):
+    "A scheduler ends the job while step 5 is made, and the launcher passes its signal on; then the run is finished."
+    out = tmp/'terminated'
+    class Ended(Deadly):
+        def batch(self, step):
+            if step == 4: os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)
+            return self.batches.batch(step)
+    def child():
+        try: run(out, Ended(mixture(), None))
+        except KeyboardInterrupt as e: assert 'stopped after step 5' in str(e)
+    assert forked(child) == 0
+    assert sorted(p.name for p in (out/'checkpoints').iterdir()) == ['step_00000003', 'step_00000005'] and not (out/'result.pt').exists()
     assert forked(run, out, mixture()) == 0
     return same(out, unbroken(tmp, 'mixture'))
 

@@ -298,6 +298,24 @@ def test_checkpointing_keeps_one_input_a_layer():
     assert kept[6, False] - kept[2, False] > 10 * (kept[6, True] - kept[2, True])
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "auto"])
+def test_layers_share_one_mask_under_autocast(attention, monkeypatch):
+    "In the type that they compute in, with the bits of a float32 mask that every layer rounds for itself."
+    model, T = build(attention, num_hidden_layers=5), 96
+    def run():
+        masks, parts = set(), positions([40, 56])
+        def pack(x):
+            if x.shape[-2:] == (T, T) and x.isneginf().any(): masks.add(x.untyped_storage().data_ptr())
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16): out = model.hidden(ids_of(1, T), parts)
+        return [out, *torch.autograd.grad(out.square().sum(), [w for w in model.parameters() if w is not model.lm_head.weight])], len(masks)
+    ours, kept = run()
+    monkeypatch.setattr(module, "document_mask", lambda parts, dtype: document_mask(parts, torch.float32))
+    theirs, copies = run()
+    assert kept <= 1 and all(torch.equal(a, b) for a, b in zip(ours, theirs)), (kept, copies)
+    assert copies == 5 or attention == "eager"
+
+
 def test_checkpointing_computes_each_layer_forward_twice():
     flops = []
     for recompute in (False, True):

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from phi4_ref.data.collect import as_document, stream_rows
+from phi4_ref.data.shards import cut as cut_at
 from phi4_ref.data.shards import (JoinedStore, PartStore, PickedStore, check_shards, encode_documents, in_order, load_shards, make_store, open_stores, pick, text_chunks,
                                   text_encoder, tokenize_documents, tokenizer_fingerprint, write_shards)
 from phi4_ref.model.tokenizer import train_tokenizer
@@ -233,6 +234,14 @@ def test_parts_read_like_copies(a, b, start, stop):
     start, stop = sorted(min(x, copied.size) for x in (start, stop))
     assert part.read(start, stop).tolist() == copied.read(start, stop).tolist() and (part.offsets == copied.offsets).all()
     assert [d.tolist() for d in part] == [d.tolist() for d in copied]
+
+@given(st.lists(st.integers(0, 6), max_size=4), st.integers(0, 30))
+def test_a_cut_loses_nothing_and_breaks_no_document(at, position):
+    for store in (STORE, cut(STORE, *sorted(at))):
+        first, rest = cut_at(store, position)
+        n = max(i for i, begin in enumerate(STORE.offsets.tolist()) if begin <= position)
+        assert [d.tolist() for d in first] == [STORE[i].tolist() for i in range(n)] and [d.tolist() for d in rest] == [STORE[i].tolist() for i in range(n, len(STORE))]
+        assert first.read(0, first.size).tolist() + rest.read(0, rest.size).tolist() == STORE.read(0, STORE.size).tolist()
 
 def test_the_fingerprint_of_a_choice_is_of_what_was_chosen():
     "Equal sizes, other documents: a run begun on one refuses the others."

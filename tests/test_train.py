@@ -1,5 +1,4 @@
 "Batches, loss and the training stages."
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from phi4_ref.model.tokenizer import train_tokenizer
-from phi4_ref.data.shards import encode_documents, make_store, tokenize_documents
+from phi4_ref.data.shards import Shard, encode_documents, load_shards, make_store, tokenize_documents, write_shards
 from phi4_ref.model.pretrained import from_pretrained
 from phi4_ref.model.transformer import ModelConfig, Transformer
 from phi4_ref.train.data import MixtureBatches, SFTBatches, StreamRows, WholeRows, apart, apportion, best_fit, collate, epoch_entry, epoch_order, interleave, recall_mixture
@@ -383,6 +382,33 @@ def test_a_bad_row_is_named_with_its_source(tmp_path):
     load_checkpoint(path, Objective(kept, lm_loss, False), make_optimizer(kept, TrainSettings(lr=1e-2)))
     assert state['step'] == 7 and torch.equal(weights(kept), weights(model))
 
+class Broken(Fixed):
+    "The same batch again and again; at some steps its row 2 has no finite loss."
+    def __init__(self, steps, at): super().__init__(steps); self.at = at
+    def batch(self, step): return ragged(self.rows) | dict(bad=torch.arange(self.rows) == (2 if step in self.at else -1))
+
+def infinite_loss(model, batch): total, count, metrics = lm_loss(model, batch); return total * (float('inf') if batch['bad'].any() else 1), count, metrics
+
+GUARDED = TrainSettings(lr=1e-3, precision='float32', micro_batch_size=3, skip_sigma=6.)
+
+def test_a_step_that_is_not_finite_is_skipped_where_spikes_are(tmp_path, capsys):
+    bad = [3, 70, 71, 72, 73, 74]
+    rows = train(tiny(), Broken(80, bad), GUARDED, tmp_path/'bad', loss=infinite_loss, save_every=72)
+    calm = train(tiny(), Broken(80, []), GUARDED, tmp_path/'calm', loss=infinite_loss)
+    assert [r['step'] - 1 for r in rows if r['skipped']] == bad == [r['step'] - 1 for r in rows if 'broken' in r] and rows[3]['broken'] == 'row 2'
+    assert 'step 4 skipped: its loss and grad_norm not finite, from row 2' in capsys.readouterr().out
+    assert rows[4]['loss'] == calm[3]['loss'] and rows[4]['grad_norm'] == calm[3]['grad_norm']  # the weights of step 3, untouched
+    from phi4_ref.train.checkpoint import latest_checkpoint
+    recent = latest_checkpoint(tmp_path/'bad'/'checkpoints')[1]['recent']
+    assert len(recent) == 74 and np.isfinite(recent).all()  # what a spike is stays known
+    with pytest.raises(FloatingPointError, match='step 4: loss is inf.* from row 2'): train(tiny(), Broken(9, bad), TrainSettings(lr=1e-3), tmp_path/'none', loss=infinite_loss)
+
+def test_the_sixth_broken_step_in_a_row_stops_the_run_and_stops_it_again(tmp_path):
+    for _ in range(2):  # begun, and continued from a checkpoint in the middle of them
+        with pytest.raises(FloatingPointError, match=r'step 9: loss is inf.* from row 2\. The weights are those of step 8'):
+            train(tiny(), Broken(12, range(3, 9)), GUARDED, tmp_path, loss=infinite_loss, save_every=7)
+    assert [p.name for p in (tmp_path/'checkpoints').iterdir()] == ['step_00000007']
+
 @pytest.mark.parametrize('steps', [5, 2])  # of a save in the middle, and of the last
 def test_a_failed_background_save_is_raised(tmp_path, monkeypatch, steps):
     import phi4_ref.train.checkpoint as checkpoint
@@ -419,7 +445,6 @@ def test_a_checkpoint_is_a_moment(tmp_path):
 def test_unknown_tracker_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'abacus' is not installed"): train(tiny(), Fixed(1), TrainSettings(lr=1e-3, tracker='abacus'), tmp_path)
 
-@pytest.mark.skipif(importlib.util.find_spec('tensorboard') is None, reason='tensorboard is not installed')
 def test_tensorboard_has_the_log(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     rows = train(tiny(), Fixed(3), TrainSettings(lr=1e-3), tmp_path)
@@ -431,6 +456,20 @@ def test_held_out_documents_are_not_trained_on():
     for source, store in STORES.items():
         assert kept[source].read(0, kept[source].size).tolist() + held[source]['input_ids'].flatten().tolist() == store.tokens.tolist()
     with pytest.raises(ValueError, match='synthetic'): hold_out(STORES, 4, 10)
+
+def test_holding_out_reads_one_shard_a_source(tmp_path, monkeypatch):
+    "The table of documents of the shard that is cut; the result is that of one store."
+    tokenizer = train_tokenizer(['a few words of each document'], 300)
+    documents = [dict(text='a few words ' * (1 + i % 7) + str(i), source='web') for i in range(300)]
+    write_shards(documents, tokenizer, tmp_path, shard_tokens=500, workers=1)
+    [store], whole = load_shards(tmp_path).values(), tokenize_documents(documents, tokenizer)['web']
+    read, table = set(), Shard.documents.fget
+    monkeypatch.setattr(Shard, 'documents', property(lambda shard: read.add(shard.path) or table(shard)))
+    kept, held = hold_out(dict(web=store), 40, 32)
+    assert len(store.parts) > 10 and len(read) == 1
+    plain, batch = hold_out(dict(web=whole), 40, 32)
+    assert torch.equal(held['web']['input_ids'], batch['web']['input_ids']) and len(kept['web']) == len(plain['web'])
+    assert kept['web'].read(0, kept['web'].size).tolist() == plain['web'].read(0, plain['web'].size).tolist()
 
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=30), st.integers(1, 3), st.integers(2, 12))
 def test_as_few_whole_documents_as_possible_are_held_out(lengths, rows, context):

@@ -7,7 +7,7 @@ __all__ = ['DOCUMENTS', 'Store', 'TokenStore', 'id_dtype', 'make_store', 'end_of
            'tokenize_documents', 'text_fingerprint', 'tokenizer_fingerprint', 'text_encoder', 'serve', 'cpus',
            'start_workers', 'in_order', 'answer_to', 'text_chunks', 'ShardWriter', 'close', 'add', 'Shard', 'torn',
            'read_progress', 'whole_shards', 'unwritten', 'write_shards', 'write_missing', 'count_shards', 'JoinedStore',
-           'load_shards', 'check_shards', 'open_stores', 'PickedStore', 'pick', 'PartStore']
+           'load_shards', 'check_shards', 'open_stores', 'PickedStore', 'pick', 'PartStore', 'cut']
 
 # %% ../../nbs/29_data.shards.ipynb #568cfa8a
 import hashlib
@@ -502,10 +502,21 @@ def pick(
 class PartStore(Store):
     "Documents first..last - 1 of a store."
     def __init__(self, store:Store, first:int, last:int):
-        self.store, self.begin = store, int(store.offsets[first])
-        self.offsets = store.offsets[first:last + 1] - self.begin
+        offsets = store.offsets[first:last + 1]
+        self.store, self.begin, self.offsets = store, int(offsets[0]), offsets - offsets[0]
 
     def read(self, start, stop): return self.store.read(self.begin + start, self.begin + stop)
 
     @property
     def fingerprint(self): return digest([self.store.fingerprint, self.begin, self.size])
+
+def cut(
+    store:Store,
+    position:int,  # of a token
+)->tuple:          # the documents before the one that begins last at or before it; that one and all after it
+    "Two stores of one."
+    parts = store.parts if isinstance(store, JoinedStore) else [store]
+    starts = np.cumsum([0, *[part.size for part in parts]], dtype=np.int64)
+    k = int(np.searchsorted(starts[:-1], position, 'right')) - 1
+    i = int(np.searchsorted(parts[k].offsets, position - starts[k], 'right')) - 1
+    return JoinedStore([*parts[:k], PartStore(parts[k], 0, i)]), JoinedStore([PartStore(parts[k], i, len(parts[k])), *parts[k + 1:]])

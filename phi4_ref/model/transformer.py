@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PHI4_14B', 'ATTENTION', 'ModelConfig', 'RMSNorm', 'rope_table', 'rotate', 'eager_attention', 'sdpa_attention',
-           'blocked_attention', 'auto_attention', 'document_starts', 'document_mask', 'cu_seqlens', 'flash_attention',
-           'Attention', 'MLP', 'Layer', 'KVCache', 'cache_length', 'grow_cache', 'copy_rows', 'keep_rows', 'Trunk',
-           'init_weights', 'Transformer', 'cache_access', 'count_parameters', 'flops_per_token']
+           'blocked_attention', 'auto_attention', 'document_starts', 'document_mask', 'compute_dtype', 'cu_seqlens',
+           'flash_attention', 'Attention', 'MLP', 'Layer', 'KVCache', 'cache_length', 'grow_cache', 'copy_rows',
+           'keep_rows', 'Trunk', 'init_weights', 'Transformer', 'cache_access', 'count_parameters', 'flops_per_token']
 
 # %% ../../nbs/11_model.transformer.ipynb #68c9e13c
 import math
@@ -151,6 +151,13 @@ def document_mask(
     document_BT = document_starts(position_ids_BT).cumsum(1)
     seen_BTT = (document_BT[:, :, None] == document_BT[:, None]).tril()
     return torch.where(seen_BTT, 0.0, -torch.inf).to(dtype)
+
+def compute_dtype(
+    x:Tensor,  # activations
+):             # what matrix products of them are computed in
+    "Autocast's type where it is on, else that of the activations."
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 # %% ../../nbs/11_model.transformer.ipynb #36f98107
 def cu_seqlens(
@@ -310,7 +317,7 @@ class Transformer(nn.Module):
         x_BTD = self.model.embed_tokens(input_ids_BT)
         mask, updates = cache_access(cache, position_ids_BT, x_BTD.dtype) if cache else (None, [None] * len(self.model.layers))
         if position_ids_BT is not None and not cache:
-            mask = cu_seqlens(position_ids_BT.expand_as(input_ids_BT)) if self.attention == "flash" else document_mask(position_ids_BT, x_BTD.dtype)
+            mask = cu_seqlens(position_ids_BT.expand_as(input_ids_BT)) if self.attention == "flash" else document_mask(position_ids_BT, compute_dtype(x_BTD))
         for layer, update in zip(self.model.layers, updates):
             args = x_BTD, rope, mask, update
             x_BTD = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False) if self.activation_checkpointing else layer(*args)

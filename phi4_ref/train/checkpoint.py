@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
@@ -148,14 +149,17 @@ def describe_run(
     batches,      # has `.batch(step)` and `len()`
     settings,     # a dataclass of plain values
     free=(),      # names of settings that do not enter the result
-)->dict:          # JSON
+)->dict:          # JSON; every process calls this, the first one makes it
     "What must be the same for a checkpoint to be continued."
-    digest = hashlib.sha256()
-    for step in (0, len(batches) - 1):
-        for name, tensor in sorted(batches.batch(step).items()):
-            digest.update(name.encode() + str(tensor.shape).encode() + tensor.contiguous().numpy().tobytes())
-    described = dict(asdict(settings), steps=len(batches), data=digest.hexdigest()[:16])
-    if hasattr(batches, 'describe'): described |= batches.describe()  # what the data are, source by source
+    described = {}
+    if PartialState().is_main_process:
+        digest = hashlib.sha256()
+        for step in (0, len(batches) - 1):
+            for name, tensor in sorted(batches.batch(step).items()):
+                digest.update(name.encode() + str(tensor.shape).encode() + tensor.contiguous().numpy().tobytes())
+        described = dict(asdict(settings), steps=len(batches), data=digest.hexdigest()[:16])
+        if hasattr(batches, 'describe'): described |= batches.describe()  # what the data are, source by source
+    [described] = broadcast_object_list([described])
     return json.loads(json.dumps({k: v for k, v in described.items() if k not in free}))
 
 # %% ../../nbs/39_train.checkpoint.ipynb #ca295cc5
