@@ -57,6 +57,13 @@ def keep(out, m, rows):
 
 def train_all(out): keep(out, *run(out))
 
+def train_ones(out):
+    "One row a forward pass, so that a process of four has two micro-batches; notes how many processes hold a shard of their own."
+    m, rows = run(out, settings=replace(SETTINGS, micro_batch_size=1))
+    weight = m.lm_head.weight
+    rows[0]['mesh'] = list(weight.device_mesh.shape) if sharded(m) else []
+    keep(out, m, rows)
+
 def train_bf16(out):
     "Notes the widths in which weights and the residual stream come to a layer."
     seen, forward = set(), Attention.forward

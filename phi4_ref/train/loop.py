@@ -6,7 +6,7 @@
 __all__ = ['WINDOW', 'FREE', 'TrainSettings', 'lr_at', 'param_groups', 'make_optimizer', 'plain_lm_loss', 'ChunkedCrossEntropy',
            'chunked_cross_entropy', 'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share',
            'own_rows', 'count_tokens', 'train_step', 'scale_gradients', 'is_spike', 'broken_rows', 'name_rows',
-           'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out', 'validate', 'check_compiler',
+           'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out', 'validate', 'check_compiler', 'set_mesh',
            'make_accelerator', 'gather_bf16', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, ParallelismConfig, broadcast_object_list, gather_object, set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -210,9 +210,10 @@ def train_step(
     "Forward, backward and update for one global batch; FloatingPointError before the update if anything is not finite."
     sums = {}
     for i, micro in enumerate(micros):
-        at_once = i == len(micros) - 1 or accelerator.is_fsdp2
+        last = i == len(micros) - 1
+        if accelerator.is_fsdp2: objective.set_requires_all_reduce(last)  # HSDP: between the groups once a step
         micro = {k: v.to(accelerator.device) for k, v in micro.items()}
-        with nullcontext() if at_once else accelerator.no_sync(objective):
+        with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(objective):
             total, count, metrics = objective(micro)
             accelerator.backward(total)
         for k, v in dict(loss=total, targets=count, **metrics).items(): sums[k] = sums.get(k, 0) + torch.as_tensor(v).detach().double()
@@ -375,6 +376,17 @@ def check_compiler(
         f'launched with dynamo backend inductor, which compiles C++ on a CPU, and there is no {name}: install it, name another C++ compiler in the environment variable CXX, or launch without')
 
 # %% ../../nbs/41_train.loop.ipynb #e2b72de4
+def set_mesh(
+    accelerator,
+    mesh:ParallelismConfig,  # as launched
+):
+    "FSDP2 within groups of processes that hold a copy of the model each (HSDP); ValueError for sizes that are not served."
+    copies, shards, n = mesh.dp_replicate_size, mesh.dp_shard_size, accelerator.num_processes
+    if mesh.non_data_parallel_size > 1: raise ValueError(f'launched with tp_size {mesh.tp_size}, cp_size {mesh.cp_size}, sp_size {mesh.sp_size}: the loop divides the data only, leave them at 1')
+    if shards == 1 or copies * shards != n: raise ValueError(f'{n} processes are not {copies} groups of {shards}: choose a dp_shard_size above 1 and a dp_replicate_size whose product is {n}')
+    if accelerator.state.device_mesh is None: accelerator.state.device_mesh = mesh.get_device_mesh(accelerator.device.type)
+    accelerator.state.parallelism_config = mesh
+
 def make_accelerator(
     settings:TrainSettings,
     out_dir,         # gets a folder `trackers`, if the tracker writes files
@@ -383,7 +395,8 @@ def make_accelerator(
     known = [str(tracker) for tracker in get_available_trackers()]
     wanted = [t for t in ['tensorboard'] if t in known] if settings.tracker == 'auto' else [] if settings.tracker == 'none' else [settings.tracker]
     if set(wanted) - set(known): raise ValueError(f"tracker {settings.tracker!r} is not installed: choose {', '.join([*known, 'none'])}, or install it")
-    accelerator = Accelerator(log_with=wanted or None, project_dir=str(out_dir))
+    mesh = ParallelismConfig() if os.environ.get('ACCELERATE_USE_PARALLELISM_CONFIG') == 'true' else None
+    accelerator = Accelerator(log_with=wanted or None, project_dir=str(out_dir), parallelism_config=mesh and ParallelismConfig(1, 1, 1, 1, sp_size=1))
     state = accelerator.state
     if (launched := int(os.environ.get('WORLD_SIZE', 1))) != accelerator.num_processes: raise ValueError(f'{launched} processes were launched and each takes itself for the only one: make an Accelerator() before anything asks for a PartialState()')
     if state.dynamo_plugin.backend == DynamoBackend.INDUCTOR: check_compiler(accelerator.device)
@@ -392,6 +405,7 @@ def make_accelerator(
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get('ACCELERATE_USE_FSDP') == 'true':
         state.fsdp_plugin, state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
     if state.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2: raise ValueError('launched with FSDP version 1: set fsdp_version: 2, as phi4_ref/configs/accelerate/fsdp2.yaml does')
+    if mesh: set_mesh(accelerator, mesh)
     return accelerator
 
 # %% ../../nbs/41_train.loop.ipynb #b5c3f0a7
