@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, ParallelismConfig, broadcast_object_list, gather_object, set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -404,6 +404,7 @@ def make_accelerator(
     if accelerator.mixed_precision not in ('no', 'bf16'): raise ValueError(f'launched with mixed precision {accelerator.mixed_precision!r}: launch without, and set precision')
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get('ACCELERATE_USE_FSDP') == 'true':
         state.fsdp_plugin, state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
+        PartialState().distributed_type = DistributedType.FSDP  # from which Accelerate takes it again
     if state.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2: raise ValueError('launched with FSDP version 1: set fsdp_version: 2, as phi4_ref/configs/accelerate/fsdp2.yaml does')
     if mesh: set_mesh(accelerator, mesh)
     return accelerator
