@@ -384,8 +384,7 @@ def set_mesh(
     copies, shards, n = mesh.dp_replicate_size, mesh.dp_shard_size, accelerator.num_processes
     if mesh.non_data_parallel_size > 1: raise ValueError(f'launched with tp_size {mesh.tp_size}, cp_size {mesh.cp_size}, sp_size {mesh.sp_size}: the loop divides the data only, leave them at 1')
     if shards == 1 or copies * shards != n: raise ValueError(f'{n} processes are not {copies} groups of {shards}: choose a dp_shard_size above 1 and a dp_replicate_size whose product is {n}')
-    if accelerator.state.device_mesh is None: accelerator.state.device_mesh = mesh.get_device_mesh(accelerator.device.type)
-    accelerator.state.parallelism_config = mesh
+    if accelerator.state.device_mesh is None: accelerator.state.device_mesh, accelerator.state.parallelism_config = mesh.get_device_mesh(accelerator.device.type), mesh
 
 def make_accelerator(
     settings:TrainSettings,
