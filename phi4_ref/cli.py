@@ -199,11 +199,14 @@ def plan(
     network_gbits:Annotated[float, typer.Option(help="Network of each GPU between machines.")]=400,
     gradient_bytes:Annotated[int, typer.Option(help="2 for gradients in bf16.")]=4,
     moment_bytes:Annotated[int, typer.Option(help="2 for AdamW's moments in bf16.")]=4,
+    engines:Annotated[int, typer.Option(help="GPUs that sample for pivotal token search, behind an endpoint if more than one.")]=1,
+    hop_us:Annotated[float, typer.Option(help="Microseconds of a hop between GPUs of a machine.")]=3.4,
+    network_hop_us:Annotated[float, typer.Option(help="Microseconds of a hop between machines.")]=14,
 ):
     "Print a plan; status 2 where nothing fits."
     def work():
         from phi4_ref.train.plan import plan, plan_text, recommended
-        made = plan(find_config(target, changes or []), gpus, gpu, mfu, price, peak_tflops, memory_gb, node, network_gbits, gradient_bytes, moment_bytes)
+        made = plan(find_config(target, changes or []), gpus, gpu, mfu, price, peak_tflops, memory_gb, node, network_gbits, gradient_bytes, moment_bytes, engines, hop_us, network_hop_us)
         print(plan_text(made))
         if recommended(made.layouts["pretrain"]) is None: raise ValueError(made.warnings[0])
     report_mistakes(work)

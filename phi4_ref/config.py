@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'BelowOne', 'Positive', 'Count', 'NotNegative', 'CONFIGS', 'Section', 'WorldSource', 'Files',
-           'FilesSource', 'Teacher', 'Model', 'Compute', 'Curate', 'Synth', 'Training', 'Pretrain', 'Midtrain',
-           'SFTData', 'SFT', 'PTS', 'DPO', 'PivotalDPO', 'JudgeDPO', 'Evaluate', 'Config', 'known_keys', 'branch',
-           'explain', 'Words', 'parse_value', 'override', 'numbers', 'load_config']
+           'FilesSource', 'Teacher', 'Model', 'Compute', 'holds_for', 'Curate', 'Synth', 'Training', 'Pretrain',
+           'Midtrain', 'SFTData', 'SFT', 'PTS', 'DPO', 'PivotalDPO', 'JudgeDPO', 'Evaluate', 'Config', 'known_keys',
+           'branch', 'explain', 'Words', 'parse_value', 'override', 'numbers', 'load_config']
 
 # %% ../nbs/01_config.ipynb #a48d7f90
 import difflib
@@ -30,7 +30,7 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_values(cls, values):
         for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool: raise ValueError(f"{key} should be a value, not {str(value).lower()}")
+            if isinstance(value, bool) and key in cls.model_fields and bool not in (cls.model_fields[key].annotation, *get_args(cls.model_fields[key].annotation)): raise ValueError(f"{key} should be a value, not {str(value).lower()}")
         return values
 
 # %% ../nbs/01_config.ipynb #8ec4c567
@@ -99,7 +99,15 @@ class Model(Section):
 class Compute(Section):
     "How the model is computed: changes memory and speed, and results only by rounding, so it may change between stages and parts of a run."
     attention: Literal["auto", "eager", "sdpa", "flash"] = "auto"  # auto: the fastest for the device; flash needs flash-attn
-    activation_checkpointing: bool = False  # compute each layer again in the backward pass instead of keeping its inner values
+    activation_checkpointing: bool | list[Literal["pretrain", "midtrain", "sft", "dpo", "judge"]] = False  # compute each layer again in the backward pass instead of keeping its inner values; a list: in the stages of these sections
+
+def holds_for(
+    value:bool|list[str],  # of a setting
+    section:str,
+)->bool:
+    "Whether a setting that may name sections holds for this one."
+    return section in value if isinstance(value, list) else value
+
 
 # %% ../nbs/01_config.ipynb #917b469e
 class Curate(Section):
@@ -178,6 +186,7 @@ class SFTData(Section):
 
 class SFT(Training):
     "Supervised fine-tuning (phi-4 §4.1)."
+    pack: bool = False         # chats share rows of `context` tokens, each seen by itself; without, each has a row, padded to the longest of its forward pass
 
 # %% ../nbs/01_config.ipynb #23353c1c
 class PTS(Section):
@@ -326,7 +335,7 @@ def branch(
     part,  # of the place of a problem
 )->bool:
     "Whether it names no key, but one of the things that a field may be, or a key as such."
-    return str(part).startswith(("literal[", "constrained-", "[key]"))
+    return str(part) == "bool" or str(part).startswith(("literal[", "list[", "constrained-", "[key]"))
 
 def explain(
     error:ValidationError,  # what pydantic found

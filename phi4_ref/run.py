@@ -26,15 +26,16 @@ from types import SimpleNamespace
 import yaml
 
 from . import artifact, records
-from .config import Config, load_config
+from .config import Config, holds_for, load_config
 from .records import CONVERSATION, DOCUMENT, PREFERENCE, QUESTION, load, load_json, save, save_json
 
 # %% ../nbs/70_run.ipynb #f2fd7dfe
 def computed(
     config:Config,
-)->dict:  # arguments of `Transformer` and `open_checkpoint`
+    section:str,  # of the stage
+)->dict:          # arguments of `Transformer` and `open_checkpoint`
     "Section `compute`, which every stage may read and none is bound to."
-    return {name: getattr(config.compute, name) for name in type(config.compute).model_fields}
+    return dict(attention=config.compute.attention, activation_checkpointing=holds_for(config.compute.activation_checkpointing, section))
 
 @dataclass(frozen=True)
 class Stage:
@@ -46,7 +47,7 @@ class Stage:
 
     def view(self, config:Config)->SimpleNamespace:
         "The configuration as this stage sees it."
-        return SimpleNamespace(seed=config.seed, compute=computed(config), **{s: getattr(config, s) for s in self.sections})
+        return SimpleNamespace(seed=config.seed, compute=computed(config, self.sections[0] if self.sections else self.name), **{s: getattr(config, s) for s in self.sections})
 
     def settings(self, config:Config)->dict:
         "The same as plain values, for the manifest."
@@ -260,7 +261,7 @@ def stress(
     batches = MixtureBatches(stores, p.fractions, p.context, p.batch_size, p.steps, config.seed, document_end=end_of_document(tokenizer) if p.document_mask else None)
     def make_model():
         torch.manual_seed(config.seed)
-        return Transformer(shape, **computed(config))
+        return Transformer(shape, **computed(config, "pretrain"))
     rows = stress_grid(make_model, batches, train_settings(p, config.seed), out, steps=steps, warmups=warmups, factors=factors)
     if everyone.is_main_process:
         text = f"{stress_table(rows)}\n\n{safe_text(rows, p.lr)}"
@@ -350,7 +351,7 @@ def sft(c, inputs, out):
     from phi4_ref.train.sft import sft as run_sft
     s, (model, tokenizer) = c.sft, open_checkpoint(inputs["midtrain"], **c.compute)
     return run_sft(model, load(inputs["sft_data"]/"conversations.parquet", CONVERSATION), tokenizer, train_settings(s, c.seed), out, tokens=s.tokens, context=s.context,
-                   batch_size=s.batch_size, seed=c.seed, save_every=s.save_every)
+                   batch_size=s.batch_size, pack=s.pack, seed=c.seed, save_every=s.save_every)
 
 # %% ../nbs/70_run.ipynb #3be41549
 def pts(c, inputs, out):
@@ -531,7 +532,7 @@ STAGES = [
     Stage("collect", collect, ("collect",), ()),
     Stage("curate", curate, ("curate", *TEACHER), ("collect",)),
     Stage("synth", synthesise, ("synth", *TEACHER), ("collect", "curate")),
-    Stage("pretrain", pretrain, ("model", "pretrain"), ("curate", "synth")),
+    Stage("pretrain", pretrain, ("pretrain", "model"), ("curate", "synth")),
     Stage("midtrain", midtrain, ("midtrain", "pretrain"), ("curate", "synth", "pretrain")),
     Stage("sft_data", sft_data, ("sft_data", *TEACHER), ("collect", "synth", "midtrain")),
     Stage("sft", sft, ("sft",), ("sft_data", "midtrain")),

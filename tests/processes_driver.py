@@ -59,6 +59,14 @@ def keep(out, m, rows):
 
 def train_all(out): keep(out, *run(out))
 
+def train_ones(out):
+    "One row a forward pass, so that a process of four has two micro-batches; notes the mesh of groups and shards."
+    m, rows = run(out, settings=replace(SETTINGS, micro_batch_size=1))
+    weight = m.lm_head.weight
+    rows[0]['mesh'] = list(weight.device_mesh.shape) if sharded(m) else []
+    rows[0]['fsdp2'] = Accelerator().is_fsdp2  # as Accelerate sees it after the run
+    keep(out, m, rows)
+
 def train_bf16(out, recompute=False):
     "Notes the widths in which weights and the residual stream come to a layer, and how often one is computed."
     seen, calls, forward = set(), [], Attention.forward

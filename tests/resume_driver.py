@@ -57,7 +57,14 @@ def chats():
     examples = [(rng.integers(0, 64, n).tolist(), [0] * 3 + [1] * (n - 3)) for n in rng.integers(4, 16, 11).tolist()]
     return SFTBatches(examples, 16, 6, epochs=STEPS * 6 / 11, seed=0)
 
-BATCHES = dict(mixture=mixture, long=long, chats=chats, token=lambda: pairs('token'), full=lambda: pairs('full'))
+def packed():
+    "12 steps of 6 of the rows into which 40 short chats are packed."
+    rng = np.random.default_rng(4)
+    examples = [(rng.integers(0, 64, n).tolist(), [0] * 2 + [1] * (n - 2)) for n in rng.integers(3, 10, 40).tolist()]
+    rows = len(SFTBatches(examples, 16, 1, epochs=1, seed=0, pack=True))
+    return SFTBatches(examples, 16, 6, epochs=STEPS * 6 / rows, seed=0, pack=True)
+
+BATCHES = dict(mixture=mixture, long=long, chats=chats, packed=packed, token=lambda: pairs('token'), full=lambda: pairs('full'))
 class Broken:
     "`mixture`, whose row 3 has no finite loss at two steps, one on either side of a checkpoint."
     def __init__(self): self.batches = mixture()

@@ -76,6 +76,8 @@ REFUSED = {
     "judge.other_models=[gpt-4o]": "judge.other_models ['gpt-4o'] cannot answer: teacher.kind 'world' serves one teacher",
     "model.hidden_size=190": "toy.yaml: model: hidden_size 190 must be an even multiple of num_attention_heads 4",
     "model.num_key_value_heads=3": "toy.yaml: model: num_attention_heads 4 must be a multiple of num_key_value_heads 3",
+    "compute.activation_checkpointing=[pts]": "toy.yaml: compute.activation_checkpointing.0: Input should be 'pretrain', 'midtrain', 'sft', 'dpo' or 'judge' (got 'pts')",
+    "compute.activation_checkpointing=often": "toy.yaml: compute.activation_checkpointing: Input should be a valid boolean",
     "pretrain.tokens=100": "toy.yaml: pretrain: tokens 100 is less than one step of batch_size 8 x context 256",
     "pretrain.micro_batch_size=3": "toy.yaml: pretrain: batch_size 8 must be a multiple of micro_batch_size 3",
     "pretrain.fractions.web=0.5": "toy.yaml: pretrain: fractions sum to 1.3500, not 1",
@@ -107,6 +109,13 @@ REFUSED = {
 def test_refused_with_the_path(change):
     with pytest.raises(ValueError) as refused: load_config("toy", [change])
     assert REFUSED[change] in str(refused.value) and "pydantic" not in str(refused.value)
+
+
+def test_layers_are_computed_again_in_the_stages_that_are_named():
+    by_name = {stage.name: stage for stage in run.STAGES}
+    for value, again in (("false", ()), ("true", ("pretrain", "midtrain", "sft", "dpo", "final")), ("[pretrain, dpo]", ("pretrain", "dpo")), ("[midtrain, judge]", ("midtrain", "final"))):
+        config = load_config("toy", [f"compute.activation_checkpointing={value}"])
+        for name in ("pretrain", "midtrain", "sft", "dpo", "final"): assert by_name[name].view(config).compute["activation_checkpointing"] is (name in again), (value, name)
 
 
 def test_a_teacher_that_knows_only_the_world():

@@ -4,7 +4,7 @@ import torch
 from typer.testing import CliRunner
 
 from phi4_ref.cli import app
-from phi4_ref.config import load_config
+from phi4_ref.config import CONFIGS, load_config
 from phi4_ref.model.transformer import PHI4_14B, ModelConfig, Transformer, count_parameters, flops_per_token
 from phi4_ref.train import plan as planning
 from phi4_ref.train.devices import find_device
@@ -100,6 +100,65 @@ def test_small_is_a_matter_of_hours_on_one_gpu():
     assert all(planning.recommended(rows) for rows in made.layouts.values())
 
 
+def test_the_papers_run_as_it_was_recomputed_by_hand():
+    made = plan(load_config("phi4-14b"), 1920, "H100")
+    pretrain, midtrain = made.times[:2]
+    assert pretrain["flops"] == pytest.approx(9.49e23, rel=1e-3) and midtrain["flops"] == pytest.approx(3.13e22, rel=1e-3)
+    assert pretrain["days"] == pytest.approx(14.46, abs=.01) and pretrain["dollars"] == pytest.approx(1.667e6, rel=1e-3)
+    assert midtrain["gpus"] == 1440 and midtrain["days"] * 24 == pytest.approx(15.25, abs=.01)
+
+
+def test_chats_with_a_row_each_take_many_more_steps():
+    packed, alone = (planning.stages(load_config("phi4-14b", [f"sft.pack={value}"]), 256)[2] for value in ("true", "false"))
+    assert packed["steps"] == 8_000_000_000 // (256 * 16384) and alone["steps"] == 8_000_000_000 // (256 * planning.CHAT) > 30_000
+    assert alone["tokens"] == packed["tokens"] and any("sft: a row holds one chat" in line for line in plan(load_config("phi4-14b", ["sft.pack=false"]), 1920, "H100").warnings)
+
+
+# --- bytes and hops ---------------------------------------------------------------------------------------------------------
+
+def test_a_ring_has_a_hop_for_each_gpu_but_one():
+    assert planning.ring_seconds(1920, 8, (1, 1)) == 1919 and planning.ring_seconds(1920, 8, (0, 1)) == 239 and planning.tree_seconds(8, 8, (1, 1)) == 14
+    a_hop = planning.latency_seconds(PHI4_14B, "FSDP", 1920, 3, hop=(1, 1))
+    assert a_hop == 369 * 1919  # 41 groups, 3 collectives, 3 micro-batches
+    assert planning.latency_seconds(PHI4_14B, "HSDP", 1920, 3, hop=(1, 0), machines=1) == 369 * 7
+
+
+def test_flat_fsdp_over_many_gpus_is_not_recommended():
+    config, made = load_config("phi4-14b"), plan(load_config("phi4-14b"), 1920, "H100")
+    best = planning.recommended(made.layouts["pretrain"])
+    assert (best["strategy"], best["group"], best["checkpointing"]) == ("HSDP", 32, False)
+    step = made.times[0]["days"] * 86400 / made.times[0]["steps"]
+    [flat] = [row for row in made.layouts["pretrain"] if row["strategy"] == "FSDP"]
+    assert flat["fits"] and flat["latency"] > step > 2 * (best["transfer"] + best["latency"])
+    assert planning.recommended(plan(config, 1920, "H100", hop_us=0, network_hop_us=0).layouts["pretrain"])["strategy"] == "FSDP"
+
+
+def test_what_is_shipped_to_launch_is_in_the_plan():
+    named = {"ddp": "DDP", "fsdp2": "FSDP", "fsdp2_zero2": "FSDP2-ZeRO-2", "hsdp": "HSDP"}
+    shipped = {path.stem for path in (CONFIGS/"accelerate").glob("*.yaml")}
+    assert set(named) <= shipped and set(named.values()) <= set(planning.LAUNCHED) <= {"one GPU", *planning.STRATEGIES}
+
+
+# --- recomputing ------------------------------------------------------------------------------------------------------------
+
+def test_the_shipped_configuration_recomputes_where_the_plan_does():
+    made = plan(load_config("phi4-14b"), 1920, "H100")
+    assert [planning.recommended(made.layouts[name])["checkpointing"] for name in made.layouts] == [False, True, True]
+    assert not any("activation" in line for line in made.warnings)
+    everywhere, nowhere = (plan(load_config("phi4-14b", [f"compute.activation_checkpointing={value}"]), 1920, "H100").warnings for value in ("true", "false"))
+    assert any(line.startswith("pretrain fits on HSDP of 32 without activation checkpointing") for line in everywhere)
+    assert [line.split()[0] for line in nowhere if "only with activation checkpointing" in line] == ["midtrain", "sft"]
+
+
+def test_recomputing_keeps_the_hardware_busier_at_the_same_mfu():
+    "Counted on the real model: forward passes of its layers, once more."
+    assert planning.recomputing(PHI4_14B, 4096) == pytest.approx(1 + (94.938 - 6 * .513802) / 94.938 / 3, rel=1e-4)
+    made = plan(load_config("phi4-14b"), 1920, "H100", mfu=.4)
+    text = planning.time_text(made)
+    assert [line.split()[8] for line in text.splitlines() if line.split()[0] in ("pretrain", "midtrain", "sft")] == ["40%", "53%", "53%"]
+    assert "midtrain: with layers computed twice 40% MFU is 53% of the hardware; at 40% of it the stage takes 20 h" in made.warnings
+
+
 # --- the command ----------------------------------------------------------------------------------------------------------
 
 def said(monkeypatch, *args):
@@ -111,7 +170,9 @@ def said(monkeypatch, *args):
 def test_a_plan_is_printed_with_its_sources(monkeypatch):
     code, out, err = said(monkeypatch, "phi4-14b", "--gpus", "1920", "--gpu", "H100")
     assert code == 0 and not err
-    for text in ("14,659,507,200", "423,855", "ZeRO-2", "FSDP", "recommended: ", "midtrain: batch_size 1440 keeps 1,440 of the 1,920 GPUs busy", "data sheet", "phi-4 §3", "ours"): assert text in out
+    for text in ("14,659,507,200", "423,855", "ZeRO-2", "FSDP", "recommended: ", "midtrain: batch_size 1440 keeps 1,440 of the 1,920 GPUs busy", "data sheet", "phi-4 §3", "ours", "70.0 d on 1 GPU", "shards: 13 TB at 4 bytes an id",
+                 "validation: 1.2 h", "469 GB for the initial weights, drawn whole by each process", "recommended: HSDP of 32 GPUs, 60 copies (hsdp.yaml)", "the rent of the others meanwhile is $18,306", "tuning.cc"): assert text in out
+    assert "14 h on 120 GPUs behind an endpoint" in said(monkeypatch, "phi4-14b", "--gpus", "1920", "--engines", "120")[1]
 
 
 @pytest.mark.parametrize("args, message", [

@@ -122,6 +122,22 @@ def test_deepspeed_that_is_not_installed_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, 'deepspeed', None)
     with pytest.raises(ValueError, match=r'pip install phi4_ref\[deepspeed\]'): asks_for_zero()
 
+# ---- groups of shards
+
+GROUPS = ['--parallelism_config_dp_replicate_size', '2', '--parallelism_config_dp_shard_size', '2']
+
+def test_two_groups_of_two_shards_are_one(one, tmp_path):
+    "HSDP: the groups add up their gradients once a step; stopped and continued, it is the same run."
+    four = launch('hsdp', 'train_ones', tmp_path/'whole', processes=4, more=GROUPS)
+    assert four['sharded'] and four['rows'][0]['mesh'] == [2, 2] and four['rows'][0]['fsdp2']
+    assert_same(one, four, 1e-4)
+    launch('hsdp', 'train_part', tmp_path/'part', processes=4, more=GROUPS)
+    assert_same(one, launch('hsdp', 'train_all', tmp_path/'part', processes=4, more=GROUPS), 1e-4)
+
+def test_groups_that_are_not_the_processes_are_refused_at_once(tmp_path):
+    said = launch('hsdp', 'train_all', tmp_path, ok=False, more=GROUPS)
+    assert 'ValueError: 2 processes are not 2 groups of 2: choose a dp_shard_size above 1' in said and not (tmp_path/'log.jsonl').exists()
+
 # ---- compiled
 
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')) is None, reason='torch.compile needs a C++ compiler')
@@ -166,8 +182,8 @@ def test_a_bad_step_is_passed_over_by_every_process(kind, tmp_path):
 
 def test_configurations_are_accelerates():
     from accelerate.commands.config.config_args import load_config_from_file
-    assert sorted(p.stem for p in SHIPPED.glob('*.yaml')) == LAUNCHES
-    for name in LAUNCHES:
+    assert sorted(p.stem for p in SHIPPED.glob('*.yaml')) == sorted([*LAUNCHES, 'hsdp'])
+    for name in [*LAUNCHES, 'hsdp']:
         config, settings = load_config_from_file(str(SHIPPED/f'{name}.yaml')), yaml.safe_load((SHIPPED/f'{name}.yaml').read_text())
         assert config.mixed_precision == 'no' and config.num_processes == 8
         assert settings.get('fsdp_config', {}).get('fsdp_version', 2) == 2

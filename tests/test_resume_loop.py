@@ -17,7 +17,7 @@ def drive(folder, *args, hash_seed='0'):
     assert p.returncode == 0, p.stdout[-2000:] + p.stderr[-4000:]
     return p.stdout + p.stderr
 
-@pytest.mark.parametrize('kind, steps', [('mixture', [0]), ('mixture', [1]), ('mixture', [5, 10]), ('long', [7]), ('chats', [4, 8, 11]), ('token', [7, 10]), ('full', [8]), ('broken', [7, 10])])
+@pytest.mark.parametrize('kind, steps', [('mixture', [0]), ('mixture', [1]), ('mixture', [5, 10]), ('long', [7]), ('chats', [4, 8, 11]), ('packed', [3, 8]), ('token', [7, 10]), ('full', [8]), ('broken', [7, 10])])
 def test_killed_at_a_step(folder, kind, steps): drive(folder, 'killed_at', kind, *steps, hash_seed=str(len(steps)))
 
 def test_killed_while_saving(folder): drive(folder, 'killed_while_saving')

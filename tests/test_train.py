@@ -183,6 +183,52 @@ def test_sft_labels_only_where_the_mask_is():
             assert (ids[labels != -100] == labels[labels != -100]).all()
     with pytest.raises(ValueError, match='none of the 30'): SFTBatches(examples, 1, 4, 1, 0)
 
+def short_chats(n=40, seed=0):
+    "Ragged chats with two turns of targets, one of them without any."
+    rng = np.random.default_rng(seed)
+    chats = [(rng.integers(1, 300, n).tolist(), (rng.random(n) < .5).tolist()) for n in rng.integers(2, 20, n).tolist()]
+    return [*chats, (list(range(1, 9)), [0] * 8)]
+
+def test_packed_chats_fill_rows_and_each_epoch_reads_each_once():
+    examples = short_chats()
+    batches = SFTBatches(examples, context=24, batch_size=3, epochs=3, seed=0, pack=True)
+    n = len(batches.rows)
+    assert n < len(examples) / 1.8 and len(batches) == n  # 3 epochs of n rows, 3 at a time
+    for epoch in range(2):
+        seen = [ids.tolist() for k in range(n) for ids, _ in batches.row(epoch * n + k)]
+        assert sorted(seen) == sorted(ids for ids, _ in examples)
+    assert all(sum(len(ids) for ids, _ in batches.row(k)) <= 24 for k in range(n))
+    again = SFTBatches(examples, context=24, batch_size=3, epochs=3, seed=0, pack=True)
+    for step in reversed(range(len(batches))):
+        a, b = batches.batch(step), again.batch(step)
+        assert all(torch.equal(a[k], b[k]) for k in a) and 'position_ids' in a
+        for rank in range(3):
+            for k, v in batches.part(step, rank, 3).items(): assert torch.equal(v, a[k][rank:rank + 1, :v.shape[1]]), k
+    assert batches.describe() != SFTBatches(examples, 24, 3, 3, 0).describe()
+
+@pytest.mark.parametrize('attention', ['eager', 'sdpa', 'auto'])
+def test_packed_chats_have_the_loss_and_gradient_of_chats_alone(attention):
+    "None sees another: the sums over all chats are those of each chat in a row of its own."
+    found = []
+    for pack in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(300, 32, 2, 4, 2, 64, 24), attention)
+        batches = SFTBatches(short_chats(), context=24, batch_size=1, epochs=1, seed=pack, pack=pack)
+        sums = torch.zeros(2)
+        for step in range(len(batches)):
+            total, count, _ = lm_loss(model, batches.batch(step))
+            total.backward()
+            sums += torch.stack([total.detach(), count])
+        found.append((sums, [p.grad for p in model.parameters()]))
+    (alone, alone_grads), (packed, packed_grads) = found
+    assert packed[1] == alone[1] > 100 and torch.allclose(packed, alone, rtol=1e-6)
+    for a, b in zip(alone_grads, packed_grads): assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max())
+
+def test_chats_are_kept_in_five_bytes_a_token():
+    examples = short_chats(200)
+    kept = SFTBatches(examples, context=24, batch_size=3, epochs=1, seed=0).examples
+    assert sum(ids.nbytes + mask.nbytes for ids, mask in kept) == 5 * sum(len(ids) for ids, _ in examples)
+
 # ---- loss and step
 
 def ragged(rows=8, width=12, seed=0, vocab=300):

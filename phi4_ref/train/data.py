@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORD', 'StreamRows', 'best_fit', 'WholeRows', 'epoch_order', 'scramble', 'round_keys', 'epoch_entry', 'apportion',
-           'interleave', 'collate', 'apart', 'share_of', 'MixtureBatches', 'check_fractions', 'place', 'row', 'epochs',
-           'describe', 'recall_mixture', 'SFTBatches']
+           'interleave', 'collate', 'begin_again', 'apart', 'side_by_side', 'share_of', 'MixtureBatches',
+           'check_fractions', 'place', 'row', 'epochs', 'describe', 'recall_mixture', 'SFTBatches']
 
 # %% ../../nbs/40_train.data.ipynb #944d977e
 import bisect
@@ -153,15 +153,31 @@ def collate(
     return dict(input_ids=torch.from_numpy(input_ids), labels=torch.from_numpy(labels))
 
 # %% ../../nbs/40_train.data.ipynb #5fa1c8e2
+def begin_again(
+    batch:dict,  # as from `collate`
+    first_BT,    # bool: true at the first token of each document
+)->dict:         # with position_ids_BT that begin again there; no loss on first tokens
+    "A batch whose documents do not see each other."
+    place_T = torch.arange(first_BT.shape[1])
+    return batch | dict(labels=batch['labels'].masked_fill(first_BT, -100), position_ids=place_T - (place_T * first_BT).cummax(1)[0])
+
 def apart(
     batch:dict,        # as from `collate`
     document_end:int,  # id that ends a document
-)->dict:               # with position_ids_BT that begin again after each end; no loss on first tokens
-    "A batch whose documents do not see each other."
+)->dict:               # as `begin_again` makes it
+    "Rows of a stream, parted after each end of a document."
     ids_BT = batch['input_ids']
-    first_BT = torch.cat([torch.ones_like(ids_BT[:, :1]), (ids_BT == document_end)[:, :-1]], 1).bool()
-    place_T = torch.arange(ids_BT.shape[1])
-    return batch | dict(labels=batch['labels'].masked_fill(first_BT, -100), position_ids=place_T - (place_T * first_BT).cummax(1)[0])
+    return begin_again(batch, torch.cat([torch.ones_like(ids_BT[:, :1]), (ids_BT == document_end)[:, :-1]], 1).bool())
+
+def side_by_side(
+    batch:dict,    # as from `collate`
+    lengths:list,  # of each row: tokens of its documents, which padding may follow
+)->dict:           # as `begin_again` makes it
+    "Rows of whole documents, parted where each begins; padding is a document too."
+    first_BT = torch.zeros_like(batch['input_ids'], dtype=torch.bool)
+    for row, found in zip(first_BT, lengths): row[[at for at in (0, *np.cumsum(found).tolist()) if at < len(row)]] = True
+    return begin_again(batch, first_BT)
+
 
 # %% ../../nbs/40_train.data.ipynb #8cd4fb05
 def share_of(
@@ -276,35 +292,40 @@ class SFTBatches:
     def __init__(self,
         examples:list,     # (ids, mask) pairs, as `chat_example` gives them
         context:int,       # examples longer than this many tokens are left out, and counted in `.dropped`
-        batch_size:int,    # examples in the global batch
+        batch_size:int,    # rows in the global batch
         epochs:float,      # passes over the examples
         seed:int,          # of the order
+        pack:bool=False,   # several examples share a row of `context` tokens, each by itself; False: one has a row
     ):
-        self.examples = [(ids, mask) for ids, mask in examples if len(ids) <= context]
+        self.examples = [(np.asarray(ids, np.int32), np.asarray(mask, bool)) for ids, mask in examples if len(ids) <= context]  # lists would take 7 times as much
         self.dropped = len(examples) - len(self.examples)
         if not self.examples: raise ValueError(f'none of the {len(examples)} examples fits into {context} tokens')
-        self.batch_size, self.seed, self._order = batch_size, seed, (None, None)
-        self.steps = max(1, round(epochs * len(self.examples) / batch_size))
+        self.rows = best_fit([len(ids) for ids, _ in self.examples], context) if pack else np.arange(len(self.examples))[:, None]
+        self.batch_size, self.seed, self.packed_into, self._order = batch_size, seed, context if pack else None, (None, None)
+        self.steps = max(1, round(epochs * len(self.rows) / batch_size))
 
     def __len__(self): return self.steps
 
-    def example(self, k):
-        "The k-th example of the schedule: entry k % n of epoch k // n."
-        epoch, at = divmod(k, len(self.examples))
-        if self._order[0] != epoch: self._order = epoch, epoch_order(len(self.examples), 'examples', epoch, self.seed)
-        return self.examples[self._order[1][at]]
+    def row(self, k):
+        "The examples in the k-th row of the schedule: entry k % n of epoch k // n."
+        epoch, at = divmod(k, len(self.rows))
+        if self._order[0] != epoch: self._order = epoch, epoch_order(len(self.rows), 'examples', epoch, self.seed)
+        return [self.examples[i] for i in self.rows[self._order[1][at]]]
 
     def batch(self, step):
-        "The global batch of a step: input_ids_BT and labels_BT."
+        "The global batch of a step: input_ids_BT and labels_BT, and position_ids_BT if packed."
         return self.part(step, 0, 1)
 
     def part(self, step, rank, processes):
         "The rows of that batch that one of several processes trains on, padded to their own longest."
-        rows = [self.example(step * self.batch_size + b) for b in share_of(self.batch_size, rank, processes)]
-        return collate([(ids, np.where(mask, ids, -100)) for ids, mask in rows])
+        rows = [self.row(step * self.batch_size + b) for b in share_of(self.batch_size, rank, processes)]
+        batch = collate([(np.concatenate([ids for ids, _ in row]), np.concatenate([np.where(mask, ids, -100) for ids, mask in row])) for row in rows])
+        return side_by_side(batch, [[len(ids) for ids, _ in row] for row in rows]) if self.packed_into else batch
 
     def describe(self):
         "What of the data must stay the same for a run to be continued."
         total = hashlib.sha256()
         for ids, mask in self.examples: total.update(np.array([ids, mask], np.int32).tobytes())
-        return dict(examples=f'{len(self.examples):,} chats, fingerprint {total.hexdigest()[:16]}', batch_size=self.batch_size, data_seed=self.seed)
+        packed = dict(packed_into=self.packed_into) if self.packed_into else {}
+        return dict(examples=f'{len(self.examples):,} chats, fingerprint {total.hexdigest()[:16]}', batch_size=self.batch_size, data_seed=self.seed) | packed
+

@@ -7,7 +7,7 @@ __all__ = ['WINDOW', 'FORGIVEN', 'FREE', 'TrainSettings', 'lr_at', 'param_groups
            'ChunkedCrossEntropy', 'chunked_cross_entropy', 'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16',
            'Objective', 'process_share', 'own_rows', 'count_tokens', 'train_step', 'scale_gradients', 'broken_values',
            'is_spike', 'broken_rows', 'name_rows', 'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out',
-           'validate', 'check_compiler', 'trackers', 'make_accelerator', 'gather_bf16', 'train']
+           'validate', 'check_compiler', 'trackers', 'set_mesh', 'make_accelerator', 'gather_bf16', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import json
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, FullyShardedDataParallelPlugin, ParallelismConfig, broadcast_object_list, gather_object, set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -214,6 +214,7 @@ def train_step(
     sums, zero = {}, isinstance(optimizer, ZeroOptimizer)
     for i, micro in enumerate(micros):
         last = i == len(micros) - 1
+        if accelerator.is_fsdp2: objective.set_requires_all_reduce(last)  # HSDP: between the groups once a step
         micro = {k: v.to(accelerator.device) for k, v in micro.items()}
         with nullcontext() if last or zero or accelerator.is_fsdp2 else accelerator.no_sync(objective):
             total, count, metrics = objective(micro)
@@ -400,13 +401,24 @@ def trackers(
     if set(wanted) - set(known): raise ValueError(f"tracker {name!r} is not installed: choose {', '.join([*known, 'none'])}, or install it")
     return wanted
 
+def set_mesh(
+    accelerator,
+    mesh:ParallelismConfig,  # as launched
+):
+    "FSDP2 within groups of processes that hold a copy of the model each (HSDP); ValueError for sizes that are not served."
+    copies, shards, n = mesh.dp_replicate_size, mesh.dp_shard_size, accelerator.num_processes
+    if mesh.non_data_parallel_size > 1: raise ValueError(f'launched with tp_size {mesh.tp_size}, cp_size {mesh.cp_size}, sp_size {mesh.sp_size}: the loop divides the data only, leave them at 1')
+    if shards == 1 or copies * shards != n: raise ValueError(f'{n} processes are not {copies} groups of {shards}: choose a dp_shard_size above 1 and a dp_replicate_size whose product is {n}')
+    if accelerator.state.device_mesh is None: accelerator.state.device_mesh, accelerator.state.parallelism_config = mesh.get_device_mesh(accelerator.device.type), mesh
+
 def make_accelerator(
     settings:TrainSettings,
     out_dir,         # gets a folder `trackers`, if the tracker writes files
 )->Accelerator:      # as the process was launched; ValueError for a launch that the loop does not serve
     "Accelerate, with its tracker chosen."
     zero = asks_for_zero()
-    accelerator = Accelerator(log_with=trackers(settings.tracker) or None, project_dir=str(out_dir))
+    mesh = ParallelismConfig() if os.environ.get('ACCELERATE_USE_PARALLELISM_CONFIG') == 'true' else None
+    accelerator = Accelerator(log_with=trackers(settings.tracker) or None, project_dir=str(out_dir), parallelism_config=mesh and ParallelismConfig(1, 1, 1, 1, sp_size=1))
     state = accelerator.state
     if (launched := int(os.environ.get('WORLD_SIZE', 1))) != accelerator.num_processes: raise ValueError(f'{launched} processes were launched and each takes itself for the only one: make an Accelerator() before anything asks for a PartialState()')
     if state.dynamo_plugin.backend == DynamoBackend.INDUCTOR: check_compiler(accelerator.device)
@@ -414,7 +426,9 @@ def make_accelerator(
     if accelerator.mixed_precision not in ('no', 'bf16'): raise ValueError(f'launched with mixed precision {accelerator.mixed_precision!r}: launch without, and set precision')
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get('ACCELERATE_USE_FSDP') == 'true':
         state.fsdp_plugin, state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
+        PartialState().distributed_type = DistributedType.FSDP  # from which Accelerate takes it again
     if state.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2: raise ValueError('launched with FSDP version 1: set fsdp_version: 2, as phi4_ref/configs/accelerate/fsdp2.yaml does')
+    if mesh: set_mesh(accelerator, mesh)
     return accelerator
 
 # %% ../../nbs/41_train.loop.ipynb #b5c3f0a7

@@ -9,6 +9,8 @@ __all__ = ['best_of_n', 'rejection_sample', 'sft']
 import math
 from pathlib import Path
 
+import numpy as np
+
 from ..model.tokenizer import chat_example
 from ..model.pretrained import from_pretrained
 from .data import SFTBatches
@@ -55,17 +57,18 @@ def sft(
     *,
     tokens:int,              # budget, prompts included (phi-4: 8B)
     context:int,             # longer chats are left out
-    batch_size:int,          # chats in a step over all processes
+    batch_size:int,          # rows in a step over all processes
+    pack:bool=False,         # several chats share a row of `context` tokens, none of which sees another; False: a chat has a row
     seed:int=0,              # of the order of the data
     save_every:int=100,      # steps between checkpoints
     progress:bool=None,      # as in `train`
 )->dict:                     # steps, tokens, seconds, losses, epochs, chats left out
     "Fine-tune on chats, loss on the assistant's turns (phi-4 §4.1)."
     model = from_pretrained(model) if isinstance(model, (str, Path)) else model
-    examples = [chat_example(tokenizer, row['messages']) for row in conversations]
+    examples = [[np.array(part, np.int32) for part in chat_example(tokenizer, row['messages'])] for row in conversations]
     lengths = [len(ids) for ids, _ in examples]
     if not any(length <= context for length in lengths): raise ValueError(f'none of the {len(examples)} chats fits in context={context} tokens' + (f', the shortest has {min(lengths)}: raise it' if lengths else ': give chats'))
     epochs = tokens / sum(length for length in lengths if length <= context)
-    batches = SFTBatches(examples, context, batch_size, epochs, seed)
+    batches = SFTBatches(examples, context, batch_size, epochs, seed, pack)
     rows = train(model, batches, settings, out_dir, save_every=save_every, progress=progress)
-    return finish_stage(model, tokenizer, out_dir, rows, epochs=len(batches) * batch_size / len(batches.examples), dropped=batches.dropped)
+    return finish_stage(model, tokenizer, out_dir, rows, epochs=len(batches) * batch_size / len(batches.rows), dropped=batches.dropped)
