@@ -79,6 +79,13 @@ def test_a_sharded_stage_ends_in_hugging_face_layout(one, tmp_path):
     weights = from_pretrained(tmp_path).state_dict()
     assert all(torch.allclose(v, weights[k], atol=2e-5) for k, v in one['weights'].items())
 
+def test_uneven_shards_end_in_hugging_face_layout(tmp_path):
+    from phi4_ref.model.pretrained import from_pretrained
+    launch(None, 'odd_stage', tmp_path/'one')
+    launch('fsdp2', 'odd_stage', tmp_path/'four', processes=4)
+    one, four = (from_pretrained(tmp_path/n).state_dict() for n in ('one', 'four'))
+    assert all(torch.allclose(v, four[k], atol=2e-5) for k, v in one.items())
+
 @pytest.mark.parametrize('kind', ['llama', pytest.param('lora', marks=pytest.mark.skipif(find_spec('peft') is None, reason='peft is not installed: pip install phi4_ref[peft]'))])
 def test_a_model_of_transformers_is_sharded(kind, tmp_path):
     "Preference training of a Llama, whole and by an adapter, over two processes; what it saves is what one process saves."

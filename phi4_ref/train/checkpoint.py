@@ -225,5 +225,5 @@ def gathered(
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank(): return None
     with torch.device('meta'): whole = type(model)(model.config)
-    whole.load_state_dict(weights, assign=True)
+    whole.load_state_dict({k: w.clone() if w.untyped_storage().nbytes() > w.nbytes else w for k, w in weights.items()}, assign=True)  # parts of padded storage, which no file can hold
     return whole
