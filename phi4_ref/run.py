@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ROWS', 'CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'computed', 'Stage', 'make_world', 'make_teacher',
            'collect', 'curate_texts', 'curate', 'synthesise', 'is_first', 'train_settings', 'training_documents',
-           'open_checkpoint', 'pretraining_data', 'pretrain', 'stress', 'midtrain', 'BaseModelLLM', 'best_answers',
-           'refusals', 'sft_data', 'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage', 'mixed',
-           'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only', 'final',
-           'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'needs_again', 'together',
-           'run_stage', 'keep_config', 'run']
+           'open_checkpoint', 'open_tokenizer', 'pretraining_data', 'pretrain', 'stress', 'midtrain', 'BaseModelLLM',
+           'best_answers', 'refusals', 'sft_data', 'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage',
+           'mixed', 'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only',
+           'final', 'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'needs_again',
+           'together', 'run_stage', 'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
 import glob
@@ -154,14 +154,18 @@ def training_documents(inputs):
 
 def open_checkpoint(
     folder:Path,  # Hugging Face layout
-    **compute,    # section `compute`: attention, activation_checkpointing
+    **compute,    # of `from_pretrained`: attention and activation_checkpointing, as in section `compute`; device and dtype, as from `inference`
 ):                # (model, tokenizer)
-    "A trained model with its tokenizer. ValueError names what cannot be read."
-    from transformers import AutoTokenizer
-
+    "A trained model with its tokenizer, on a CPU in float32 where nothing else is said. ValueError names what cannot be read."
     from phi4_ref.model.pretrained import from_pretrained
-    model = from_pretrained(folder, **compute)
-    try: return model, AutoTokenizer.from_pretrained(folder)
+    return from_pretrained(folder, **compute), open_tokenizer(folder)
+
+def open_tokenizer(
+    folder:Path,  # Hugging Face layout
+):
+    "The tokenizer of a trained model. ValueError names what cannot be read."
+    from transformers import AutoTokenizer
+    try: return AutoTokenizer.from_pretrained(folder)
     except Exception as error: raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): make its stage again") from error
 
 # %% ../nbs/70_run.ipynb #d7e31166
@@ -271,8 +275,9 @@ def best_answers(
 # %% ../nbs/70_run.ipynb #63e53413
 def refusals(c, inputs, out, llm):
     "What the base model knows, and the conversations and pairs that follow from it (phi-4 App. A.1); kept in `out`."
+    from phi4_ref.model.generate import inference
     from phi4_ref.post.refusal import refusal_dpo, refusal_sft, sample_knowledge, write_texts
-    model, tokenizer = open_checkpoint(inputs["midtrain"], **c.compute)
+    model, tokenizer = open_checkpoint(inputs["midtrain"], **inference(), **c.compute)
     trivia = load(inputs["collect"]/"trivia.parquet", QUESTION)[:c.sft_data.refusal_questions]
     if not trivia: return [], {}
     known = sample_knowledge(trivia, BaseModelLLM(model, tokenizer), c.sft_data.refusal_samples, seed=c.seed)
@@ -305,10 +310,12 @@ def sft(c, inputs, out):
 def pts(c, inputs, out):
     "Pivotal pairs from the SFT model's own rollouts (phi-4 §4.3)."
     from phi4_ref.eval.harness import prompt_ids, stop_ids
+    from phi4_ref.model.generate import inference
     from phi4_ref.post.pts import model_sampler, search, stored, trace
-    model, tokenizer = open_checkpoint(inputs["sft"], **c.compute)
+    where = inference()
+    model, tokenizer = open_checkpoint(inputs["sft"], **where, **c.compute)
     p, questions = c.pts, [q for q in load(inputs["synth"]/"questions.parquet", QUESTION) if q["kind"] in c.pts.kinds][:c.pts.questions]
-    sampler = stored(model_sampler(model, stop_ids(tokenizer), p.temperature), out/"rollouts.sqlite", f"sft, temperature {p.temperature}")
+    sampler = stored(model_sampler(model, stop_ids(tokenizer), p.temperature), out/"rollouts.sqlite", f"sft, temperature {p.temperature}" + (", bfloat16" if where["dtype"].itemsize == 2 else ""))
     pairs, trajectories, counts = search(questions, [prompt_ids(q, tokenizer, True) for q in questions], sampler, tokenizer, max_total=p.max_total, n_samples=p.samples,
         filter_samples=p.filter_samples, trajectories=p.trajectories, p_gap=p.p_gap, band=(p.low, p.high), segments=p.segments, confirm_samples=p.confirm_samples, fdr=p.fdr, seed=c.seed)
     by_id = {q["id"]: q for q in questions}
@@ -351,7 +358,8 @@ def preference_stage(c, section, start:Path, pairs, out, kind, epochs=None):
     from phi4_ref.train.pretrain import finish_stage
     if not pairs: raise ValueError(f"no preference pairs for {out.name.removesuffix('.partial')}: raise pts.questions or judge.prompts, or widen the band of pts")
     model, tokenizer = open_checkpoint(start, **c.compute)
-    policy, ref = (with_adapter(model, section.lora_rank, c.seed), None) if section.lora_rank else (model, copy.deepcopy(model))
+    ref = copy.deepcopy(model) if section.kl_weight and not section.lora_rank else None  # without the KL term the policy is its own reference, before its first step
+    policy = with_adapter(model, section.lora_rank, c.seed) if section.lora_rank else model
     log = train_dpo(policy, ref, pairs, train_settings(section, c.seed), out, kind=kind, loss=section.loss, beta=section.beta, gamma=section.gamma, nll_weight=section.nll_weight,
                     label_smoothing=section.label_smoothing, kl_weight=section.kl_weight, epochs=epochs or section.epochs, batch_size=section.batch_size)
     return finish_stage(policy.merge_and_unload() if section.lora_rank else policy, tokenizer, out, log, pairs=len(pairs))
@@ -394,8 +402,7 @@ def dpo_shuffled(c, inputs, out):
 def dpo_full(c, inputs, out):
     "Control: full-length pairs from the same rollouts at the same compute."
     from phi4_ref.post.pts import full_length_pairs
-    _, tokenizer = open_checkpoint(inputs["sft"])
-    pairs = full_length_pairs(load_json(inputs["pts"]/"trajectories.json"), tokenizer)
+    pairs = full_length_pairs(load_json(inputs["pts"]/"trajectories.json"), open_tokenizer(inputs["sft"]))
     epochs = c.dpo.epochs * pair_tokens(load(inputs["pts"]/"pairs.parquet"), ROWS[c.dpo.rows]) / max(1, pair_tokens(pairs, "full"))
     return preference_stage(c, c.dpo, inputs["sft"], pairs, out, "full", epochs)
 
@@ -405,16 +412,17 @@ def answering(
     teacher,      # an `LLM`
 )->list[tuple]:   # (LLM, replies wanted from it)
     "The models whose replies are compared (phi-4 §4.2)."
+    from phi4_ref.model.generate import inference
     from phi4_ref.post.judge import ModelChat
     def other(model): return make_teacher(SimpleNamespace(**vars(c) | {"teacher": c.teacher.model_copy(update={"model": model})}), out/"replies.sqlite")
-    def own(stage): return ModelChat(*open_checkpoint(inputs[stage], **c.compute), stage)
+    def own(stage): return ModelChat(*open_checkpoint(inputs[stage], **inference(), **c.compute), stage)
     return [(teacher, 1) if name == "teacher" else (own(name), c.judge.samples) for name in c.judge.models] + [(other(model), 1) for model in c.judge.other_models]
 
 def judge(c, inputs, out):
     "Judge-guided pairs of full-length replies (phi-4 §4.2, App. A.2)."
     from phi4_ref.post.judge import collect_replies, judge_pairs
     teacher, asked = make_teacher(c, out/"replies.sqlite"), {}
-    _, tokenizer = open_checkpoint(inputs["dpo"], **c.compute)
+    tokenizer = open_tokenizer(inputs["dpo"])
     for row in load(inputs["sft_data"]/"conversations.parquet", CONVERSATION): asked.setdefault(row["messages"][0]["content"], row["messages"][:1])
     prompts = list(asked.values())[:c.judge.prompts]
     replies = collect_replies(prompts, answering(c, inputs, out, teacher), temperature=c.judge.temperature, max_tokens=c.judge.max_new_tokens, seed=c.seed)
@@ -448,7 +456,8 @@ def asked_of(
 def evaluate_checkpoint(c, folder, name, benchmarks):
     "The answers of one checkpoint."
     from phi4_ref.eval.harness import evaluate
-    model, tokenizer = open_checkpoint(folder, **c.compute)
+    from phi4_ref.model.generate import inference
+    model, tokenizer = open_checkpoint(folder, **inference(), **c.compute)
     settings = dict(chat=name not in ("base", "midtrained"), max_new_tokens=c.evaluate.max_new_tokens, limit=c.evaluate.items, seed=c.seed, name=name)
     asked = asked_of(name, benchmarks)
     problems = {b: rows for b, rows in asked.items() if rows[0]["kind"] == "problem"}

@@ -16,6 +16,7 @@ import torch
 from phi4_ref import artifact, cli
 from phi4_ref.artifact import StageRefused
 from phi4_ref.config import load_config
+from phi4_ref.model import generate, pretrained
 from phi4_ref.model.tokenizer import chat_ids
 import phi4_ref.run as run_module
 from phi4_ref.run import chosen, computed, open_checkpoint, run
@@ -196,6 +197,19 @@ def test_every_stage_with_a_model_reads_compute(tiny_run, tmp_path, stage):
     stage = next(s for s in run_module.STAGES if s.name == stage)
     shutil.copytree(tiny_run/"pretrain"/"shards", tmp_path/"shards")
     with pytest.raises(ValueError, match="flash-attn"): stage.make(stage.view(config), {name: tiny_run/name for name in stage.inputs}, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("collect", "curate", "synth", "pretrain", "report")])
+def test_what_generates_runs_where_inference_says(tiny_run, tmp_path, monkeypatch, stage):
+    "And what trains reads float32 weights on the host."
+    class Reached(Exception): pass
+    def reached(folder, **how): raise Reached(how)
+    monkeypatch.setattr(generate, "inference", lambda: dict(device="meta", dtype=torch.bfloat16))
+    monkeypatch.setattr(pretrained, "from_pretrained", reached)
+    stage = next(s for s in run_module.STAGES if s.name == stage)
+    shutil.copytree(tiny_run/"pretrain"/"shards", tmp_path/"shards")
+    with pytest.raises(Reached) as found: stage.make(stage.view(config_of(tiny_run)), {name: tiny_run/name for name in stage.inputs}, tmp_path)
+    assert ("dtype" in found.value.args[0]) == (found.value.args[0].get("device") == "meta") == (stage.name in ("sft_data", "pts", "judge", "eval"))
 
 
 def test_two_processes_in_one_directory(tiny_run, tmp_path):

@@ -301,13 +301,17 @@ class LocalChat:
     "A `transformers` causal language model with a chat template as an `LLM`."
     def __init__(
         self,
-        model,               # a model directory or hub name, or a loaded model (whose weights its name must identify)
+        model,               # a model directory or hub name, which goes to a GPU as `inference` says; or a loaded model (whose weights its name must identify)
         tokenizer=None,      # a loaded tokenizer; None: the one saved beside the model
         batch_size:int=16,   # conversations generated together; does not change the replies
     ):
         import transformers as hf
+        from phi4_ref.model.generate import inference
         self.name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
-        self.model = (hf.AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model).eval()
+        if isinstance(model, str):
+            where = inference()
+            model = hf.AutoModelForCausalLM.from_pretrained(model, dtype=where["dtype"] if where["device"].type == "cuda" else "auto").to(where["device"])
+        self.model = model.eval()
         self.tokenizer = tokenizer or hf.AutoTokenizer.from_pretrained(self.name)
         if not self.tokenizer.chat_template:
             raise ValueError(f"the tokenizer of {self.name!r} has no chat template: take an instruction-tuned model, or set tokenizer.chat_template")
