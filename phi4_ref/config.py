@@ -99,6 +99,7 @@ class Compute(Section):
     "How the model is computed: changes memory and speed, and results only by rounding, so it may change between stages and parts of a run."
     attention: Literal["auto", "eager", "sdpa", "flash"] = "auto"  # auto: the fastest for the device; flash needs flash-attn
     activation_checkpointing: bool = False  # compute each layer again in the backward pass instead of keeping its inner values
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of a finished stage's weights, which the next stage starts from
 
 # %% ../nbs/01_config.ipynb #917b469e
 class Curate(Section):

@@ -31,8 +31,8 @@ from .records import CONVERSATION, DOCUMENT, PREFERENCE, QUESTION, load, load_js
 def computed(
     config:Config,
 )->dict:  # arguments of `Transformer` and `open_checkpoint`
-    "Section `compute`, which every stage may read and none is bound to."
-    return {name: getattr(config.compute, name) for name in type(config.compute).model_fields}
+    "What section `compute`, which every stage may read and none is bound to, says of a model's layers."
+    return {name: getattr(config.compute, name) for name in ("attention", "activation_checkpointing")}
 
 @dataclass(frozen=True)
 class Stage:
@@ -44,7 +44,7 @@ class Stage:
 
     def view(self, config:Config)->SimpleNamespace:
         "The configuration as this stage sees it."
-        return SimpleNamespace(seed=config.seed, compute=computed(config), **{s: getattr(config, s) for s in self.sections})
+        return SimpleNamespace(seed=config.seed, compute=computed(config), save_dtype=config.compute.save_dtype, **{s: getattr(config, s) for s in self.sections})
 
     def settings(self, config:Config)->dict:
         "The same as plain values, for the manifest."
@@ -192,7 +192,7 @@ def pretrain(c, inputs, out):
     p, (shape, tokenizer) = c.pretrain, pretraining_data(c, inputs, out/"shards")
     counts = run_pretraining(shape, out/"shards", tokenizer, train_settings(p, c.seed), out, fractions=p.fractions, tokens=p.tokens,
                              context=p.context, batch_size=p.batch_size, seed=c.seed, validation_rows=p.validation_rows, document_mask=p.document_mask,
-                             save_every=p.save_every, **c.compute)
+                             save_every=p.save_every, save_dtype=c.save_dtype, **c.compute)
     mixture = counts.pop("mixture")
     if is_first(): save_json(out/"mixture.json", mixture)
     return counts
@@ -236,7 +236,7 @@ def midtrain(c, inputs, out):
     with PartialState().main_process_first(): write_shards(long, tokenizer, out/"shards")
     counts = run_midtraining(model, [inputs["pretrain"]/"shards", out/"shards"], tokenizer, train_settings(m, c.seed), out, fractions=c.pretrain.fractions, tokens=m.tokens, context=m.context,
                              batch_size=m.batch_size, rope_theta=m.rope_theta, long_tokens=m.long_tokens, long_fraction=m.long_fraction, document_mask=c.pretrain.document_mask,
-                             seed=c.seed, save_every=m.save_every)
+                             seed=c.seed, save_every=m.save_every, save_dtype=c.save_dtype)
     mixture = counts.pop("mixture")
     if is_first(): save_json(out/"mixture.json", mixture)
     return counts
@@ -304,7 +304,7 @@ def sft(c, inputs, out):
     from phi4_ref.train.sft import sft as run_sft
     s, (model, tokenizer) = c.sft, open_checkpoint(inputs["midtrain"], **c.compute)
     return run_sft(model, load(inputs["sft_data"]/"conversations.parquet", CONVERSATION), tokenizer, train_settings(s, c.seed), out, tokens=s.tokens, context=s.context,
-                   batch_size=s.batch_size, seed=c.seed, save_every=s.save_every)
+                   batch_size=s.batch_size, seed=c.seed, save_every=s.save_every, save_dtype=c.save_dtype)
 
 # %% ../nbs/70_run.ipynb #3be41549
 def pts(c, inputs, out):
@@ -362,7 +362,7 @@ def preference_stage(c, section, start:Path, pairs, out, kind, epochs=None):
     policy = with_adapter(model, section.lora_rank, c.seed) if section.lora_rank else model
     log = train_dpo(policy, ref, pairs, train_settings(section, c.seed), out, kind=kind, loss=section.loss, beta=section.beta, gamma=section.gamma, nll_weight=section.nll_weight,
                     label_smoothing=section.label_smoothing, kl_weight=section.kl_weight, epochs=epochs or section.epochs, batch_size=section.batch_size)
-    return finish_stage(policy.merge_and_unload() if section.lora_rank else policy, tokenizer, out, log, pairs=len(pairs))
+    return finish_stage(policy.merge_and_unload() if section.lora_rank else policy, tokenizer, out, log, c.save_dtype, pairs=len(pairs))
 
 # %% ../nbs/70_run.ipynb #16eb25fa
 def mixed(

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import phi4_ref.train.checkpoint as checkpoint
+import phi4_ref.post.dpo as dpo
 from phi4_ref.model.transformer import Attention, ModelConfig, Transformer
 from phi4_ref.post.dpo import train_dpo
 from phi4_ref.train.checkpoint import gathered
@@ -121,6 +122,19 @@ def peer(out, adapter):
     if RANK: return
     torch.save(dict(weights=weights, rows=rows, sharded=shards, refused=refused), Path(out)/'result.pt')
     m.save_pretrained(Path(out)/'model', state_dict=dict(weights))
+
+def preferences(out):
+    "Pairs scored and trained without a reference model; keeps the margins that the training starts from."
+    Accelerator()
+    g, kept, m = torch.Generator().manual_seed(2), [], model()
+    ids = lambda n: torch.randint(0, 64, (n,), generator=g).tolist()
+    pairs = [dict(id=str(i), prompt_ids=ids(3 + i % 8), chosen_ids=ids(1 + i % 2), rejected_ids=ids(1), meta={}) for i in range(150)]
+    class Kept(dpo.PairBatches):
+        def __init__(self, pairs, references, *rest): kept.extend(references); super().__init__(pairs, references, *rest)
+    dpo.PairBatches = Kept
+    rows = train_dpo(m, None, pairs, replace(SETTINGS, skip_sigma=None), out, epochs=1, batch_size=30)
+    keep(out, m, rows)
+    torch.save(kept, Path(out)/f'references_{RANK}.pt')
 
 def llama(out): peer(out, adapter=False)
 

@@ -86,6 +86,15 @@ def test_uneven_shards_end_in_hugging_face_layout(tmp_path):
     one, four = (from_pretrained(tmp_path/n).state_dict() for n in ('one', 'four'))
     assert all(torch.allclose(v, four[k], atol=2e-5) for k, v in one.items())
 
+@pytest.mark.parametrize('kind', ['ddp', 'fsdp2'])
+def test_pairs_are_scored_by_all_processes(kind, tmp_path):
+    "Each scores a part, every one has the margins of a single process to the bit, and the first loss is ln 2."
+    one, two = launch(None, 'preferences', tmp_path/'one'), launch(kind, 'preferences', tmp_path/'two')
+    alone, *both = (torch.load(tmp_path/name) for name in ('one/references_0.pt', 'two/references_0.pt', 'two/references_1.pt'))
+    assert len(alone) == 150 and 0. not in alone and all(each == alone for each in both)
+    assert two['rows'][0]['loss'] == pytest.approx(np.log(2), abs=1e-6)
+    assert_same(one, two, 1e-4)
+
 @pytest.mark.parametrize('kind', ['llama', pytest.param('lora', marks=pytest.mark.skipif(find_spec('peft') is None, reason='peft is not installed: pip install phi4_ref[peft]'))])
 def test_a_model_of_transformers_is_sharded(kind, tmp_path):
     "Preference training of a Llama, whole and by an adapter, over two processes; what it saves is what one process saves."

@@ -212,6 +212,17 @@ def test_what_generates_runs_where_inference_says(tiny_run, tmp_path, monkeypatc
     assert ("dtype" in found.value.args[0]) == (found.value.args[0].get("device") == "meta") == (stage.name in ("sft_data", "pts", "judge", "eval"))
 
 
+def test_a_stage_saved_in_bfloat16_is_rounded_and_nothing_else(tiny_run, tmp_path):
+    "Half the bytes; the next stage reads the rounded weights as float32."
+    folder = begun(tiny_run, tmp_path/"run", "midtrain")
+    status, out, err = phi4("sft", folder, "compute.save_dtype=bfloat16")
+    assert status == 0, err
+    half, whole = (path/"sft"/"model.safetensors" for path in (folder, tiny_run))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size and json.loads((folder/"sft"/"config.json").read_text())["dtype"] == "bfloat16"
+    rounded, exact = (open_checkpoint(path/"sft")[0].state_dict() for path in (folder, tiny_run))
+    assert all(w.dtype == torch.float32 and torch.equal(w, exact[name].bfloat16().float()) for name, w in rounded.items())
+
+
 def test_two_processes_in_one_directory(tiny_run, tmp_path):
     folder = begun(tiny_run, tmp_path/"run", "collect")
     with artifact.only_one(folder): assert f"another process is working in {folder}" in complaint_of(phi4("curate", folder))

@@ -58,6 +58,7 @@ def sft(
     batch_size:int,          # chats in a step over all processes
     seed:int=0,              # of the order of the data
     save_every:int=100,      # steps between checkpoints
+    save_dtype:str=None,     # as in `finish_stage`
     progress:bool=None,      # as in `train`
 )->dict:                     # steps, tokens, seconds, losses, epochs, chats left out
     "Fine-tune on chats, loss on the assistant's turns (phi-4 §4.1)."
@@ -66,4 +67,4 @@ def sft(
     epochs = tokens / sum(len(ids) for ids, _ in examples if len(ids) <= context)
     batches = SFTBatches(examples, context, batch_size, epochs, seed)
     rows = train(model, batches, settings, out_dir, save_every=save_every, progress=progress)
-    return finish_stage(model, tokenizer, out_dir, rows, epochs=len(batches) * batch_size / len(batches.examples), dropped=batches.dropped)
+    return finish_stage(model, tokenizer, out_dir, rows, save_dtype, epochs=len(batches) * batch_size / len(batches.examples), dropped=batches.dropped)
