@@ -148,6 +148,25 @@ def test_configurations_are_accelerates():
         assert config.mixed_precision == 'no' and config.num_processes == 8
         assert settings.get('fsdp_config', {}).get('fsdp_version', 2) == 2
 
+def test_search_and_evaluation_are_shared(tiny_run, tmp_path):
+    "Two processes find and answer what one does, in its order; the tests of the search are made over all candidates together."
+    from phi4_ref.records import load, load_json
+    from test_run import begun
+    one, two = (begun(tiny_run, tmp_path/n, 'final') for n in ('one', 'two'))
+    for folder in (one, two): shutil.rmtree(folder/'pts')
+    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', TOKENIZERS_PARALLELISM='false')
+    accelerate = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/'ddp.yaml'), '--num_processes', '2']
+    for folder, alone in ((one, [sys.executable]), (two, accelerate)):
+        for verb, *more in (('pts', 'pts.questions=120', 'pts.confirm_samples=20'), ('eval', 'pts.questions=120', 'pts.confirm_samples=20', '--force')):
+            done = subprocess.run([*alone, '-m', 'phi4_ref.cli', verb, str(folder), *more], env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+    counts = load_json(one/'pts'/'stats.json')
+    assert counts['questions'] > 50 and counts['candidates'] and counts['null_pairs'] > 0 and counts == load_json(two/'pts'/'stats.json')
+    for name in ('pts/trajectories.json', 'pts/pairs.parquet', 'eval/items.parquet'):
+        read = load if name.endswith('parquet') else load_json
+        assert read(one/name) == read(two/name), name
+    assert [p.name for p in sorted((two/'pts').glob('*.sqlite'))] == ['rollouts-1.sqlite', 'rollouts.sqlite']  # each drew its own
+
 def test_the_command_under_accelerate(tiny_run, tmp_path):
     "A stage that trains is shared; one that does not says that it belongs to one process."
     from phi4_ref.model.pretrained import from_pretrained

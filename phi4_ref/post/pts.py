@@ -499,7 +499,8 @@ def search(
     margin:float=None,       # change that a confirmed pivot must exceed; None: a third of p_gap
     fdr:float=.05,           # false discovery rate among the confirmed, 0..1
     seed:int=0,
-    chunk_size:int=50        # questions searched together
+    chunk_size:int=50,       # questions searched together
+    team=None                # `train.checkpoint.Team`: its processes share the chunks, and the first returns what all have found
 )->tuple[list[dict], list[dict], dict]: # PREFERENCE rows, trajectories, counts
     "Pivotal token search over a set of questions (phi-4 §4.3, Figure 4)."
     if not questions: raise ValueError('no questions to search: give QUESTION rows')
@@ -508,13 +509,17 @@ def search(
     if segments != 'complete' and not (isinstance(segments, int) and segments > 0): raise ValueError(f"segments={segments!r} is neither a number above 0 nor 'complete'")
     if margin is not None and not 0 <= margin < 1: raise ValueError(f'margin={margin} must be in [0, 1): it is a change of p(success)')
     pairs, verdicts, rows, counts, sampling = [], [], [], Counter(), Sampling(sampler, tokenizer, oracle, max_total, seed)
-    for start in tqdm(range(0, len(questions), chunk_size), desc='pts', unit='chunk', delay=2, leave=False):
-        chunk = search_chunk(questions[start:start + chunk_size], prompts[start:start + chunk_size], sampling, n_samples, filter_samples, trajectories,
-                             p_gap, band, segments, split, confirm_samples, p_gap / 3 if margin is None else margin, fdr, fresh)
+    starts, found, totals = range(0, len(questions), chunk_size), {}, Counter()
+    for start in tqdm(team.own(starts) if team else starts, desc='pts', unit='chunk', delay=2, leave=False):
+        found[start] = search_chunk(questions[start:start + chunk_size], prompts[start:start + chunk_size], sampling, n_samples, filter_samples, trajectories,
+                                    p_gap, band, segments, split, confirm_samples, p_gap / 3 if margin is None else margin, fdr, fresh)
+    everywhere = team.gather((found, sampling.totals)) if team else [(found, sampling.totals)]
+    for _, drawn in everywhere: totals.update(drawn)
+    for _, chunk in sorted((item for chunks, _ in everywhere for item in chunks.items()), key=lambda item: item[0]):
         for total, part in zip((pairs, verdicts, rows), chunk): total += part
         counts.update(chunk[3])
     if confirm_samples: pairs, counts['null_pairs'] = confirmed(pairs, verdicts, fdr, seed, 0 if fresh else counts['eligible_tokens'])
-    return pairs, rows, counts | dict(pairs=len(pairs), **sampling.totals)
+    return pairs, rows, counts | dict(pairs=len(pairs), **totals)
 
 def confirmed(
     pairs:list[dict], verdicts:list[dict], # candidate rows and their tests
