@@ -280,12 +280,12 @@ def inference()->dict:  # device and dtype, as `from_pretrained` takes them
 def rows_that_fit(
     shape,          # of `model_shape`
     length:int,     # tokens that each row may reach
-    free_bytes:int, # memory at hand beside the weights
+    memory:int,     # bytes free beside the weights
     number_bytes:int=2,  # of a key's or value's number: 2 in bfloat16
 )->int:             # at least 1
     "How many rows can be decoded together."
     slot = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * number_bytes
-    return max(1, int(0.9 * free_bytes - 2 * PROMPT_TOKENS * slot) // (length * slot + 40 * shape.vocab_size))
+    return max(1, int(0.9 * memory - 2 * PROMPT_TOKENS * slot) // (length * slot + 40 * shape.vocab_size))
 
 def free_bytes(device)->int:
     "Memory of a GPU that is free, or kept by PyTorch and unused."
