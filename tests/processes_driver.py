@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -139,6 +140,16 @@ def preferences(out):
 def llama(out): peer(out, adapter=False)
 
 def lora(out): peer(out, adapter=True)
+
+def search_and_evaluate(out):
+    "Two stages of a run directory, the search in chunks of eight questions."
+    import phi4_ref.post.pts as pts
+    from phi4_ref.config import load_config
+    from phi4_ref.run import run as run_stages
+    pts.search = partial(pts.search, chunk_size=8)
+    config = load_config(Path(out)/'config.yaml', [f'out={out}', 'pts.confirm_samples=20'])
+    run_stages(config, 'pts')
+    run_stages(config, 'eval', force=True)
 
 def poisoned(out):
     try: run(out, Ragged(poison=4))

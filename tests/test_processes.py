@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from phi4_ref.config import CONFIGS
+from phi4_ref.synth.llm import ReplyStore
 from phi4_ref.train.loop import computes_bf16
 
 DRIVER = Path(__file__).parent/'processes_driver.py'
@@ -153,19 +154,16 @@ def test_search_and_evaluation_are_shared(tiny_run, tmp_path):
     from phi4_ref.records import load, load_json
     from test_run import begun
     one, two = (begun(tiny_run, tmp_path/n, 'final') for n in ('one', 'two'))
-    for folder in (one, two): shutil.rmtree(folder/'pts')
-    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', TOKENIZERS_PARALLELISM='false')
-    accelerate = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/'ddp.yaml'), '--num_processes', '2']
-    for folder, alone in ((one, [sys.executable]), (two, accelerate)):
-        for verb, *more in (('pts', 'pts.questions=120', 'pts.confirm_samples=20'), ('eval', 'pts.questions=120', 'pts.confirm_samples=20', '--force')):
-            done = subprocess.run([*alone, '-m', 'phi4_ref.cli', verb, str(folder), *more], env=env, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
+    for folder, kind in ((one, None), (two, 'ddp')):
+        shutil.rmtree(folder/'pts')
+        launch(kind, 'search_and_evaluate', folder)
     counts = load_json(one/'pts'/'stats.json')
-    assert counts['questions'] > 50 and counts['candidates'] and counts['null_pairs'] > 0 and counts == load_json(two/'pts'/'stats.json')
+    assert counts['questions'] > 16 and counts['candidates'] and counts == load_json(two/'pts'/'stats.json')
     for name in ('pts/trajectories.json', 'pts/pairs.parquet', 'eval/items.parquet'):
         read = load if name.endswith('parquet') else load_json
         assert read(one/name) == read(two/name), name
-    assert [p.name for p in sorted((two/'pts').glob('*.sqlite'))] == ['rollouts-1.sqlite', 'rollouts.sqlite']  # each drew its own
+    drawn = [len(ReplyStore(two/'pts'/name)) for name in ('rollouts.sqlite', 'rollouts-1.sqlite')]
+    assert min(drawn) > 0 and sum(drawn) >= len(ReplyStore(one/'pts'/'rollouts.sqlite'))  # the trace's question may be the other's, and is drawn again
 
 def test_the_command_under_accelerate(tiny_run, tmp_path):
     "A stage that trains is shared; one that does not says that it belongs to one process."
