@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['ROWS', 'CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'SHARED', 'computed', 'Stage', 'make_world',
            'make_teacher', 'collect', 'curate_texts', 'curate', 'synthesise', 'is_first', 'train_settings',
-           'training_documents', 'open_checkpoint', 'open_tokenizer', 'pretraining_data', 'pretrain', 'stress',
-           'midtrain', 'BaseModelLLM', 'best_answers', 'refusals', 'sft_data', 'sft', 'pts', 'pair_tokens',
-           'with_adapter', 'preference_stage', 'mixed', 'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering',
-           'judge', 'judged', 'stage2_only', 'final', 'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen',
-           'check_all', 'needs_again', 'together', 'run_stage', 'keep_config', 'run']
+           'training_documents', 'open_checkpoint', 'open_tokenizer', 'hub_answers', 'given_tokenizer',
+           'pretraining_data', 'pretrain', 'stress', 'midtrain', 'BaseModelLLM', 'best_answers', 'refusals', 'sft_data',
+           'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage', 'mixed', 'pivotal_pairs', 'dpo',
+           'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only', 'final', 'asked_of',
+           'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'check_training', 'data_sets',
+           'check_data', 'check_supply', 'check_teacher', 'check_ahead', 'needs_again', 'together', 'run_stage',
+           'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
 import glob
@@ -165,24 +167,45 @@ def open_tokenizer(
 ):
     "The tokenizer of a trained model. ValueError names what cannot be read."
     from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(folder)
-    except Exception as error: raise ValueError(f"the tokenizer in {folder} cannot be read ({error}): make its stage again") from error
+    if missing := [name for name in ("tokenizer.json", "tokenizer_config.json") if not (Path(folder)/name).is_file()]: raise ValueError(f"the tokenizer in {folder} lacks {' and '.join(missing)}: put it back, or make its stage again")
+    try: tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error: raise ValueError(f"the tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}): make its stage again") from error
+    if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id): raise ValueError(f"the tokenizer in {folder} names no bos_token, eos_token and pad_token: put its tokenizer_config.json back, or make its stage again")
+    return tokenizer
 
 # %% ../nbs/70_run.ipynb #d7e31166
+def hub_answers()->bool:
+    "Whether the Hugging Face hub can be reached; a loader would try for most of a minute."
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+    try: return bool(get_session().head(constants.ENDPOINT, timeout=5))
+    except Exception: return False
+
+def given_tokenizer(
+    path:str,        # `pretrain.tokenizer`: a directory, or a hub name
+    vocab_size:int,  # `model.vocab_size`
+):
+    "The tokenizer that a configuration names. ValueError says why it cannot be read, or does not fit the model."
+    from transformers import AutoTokenizer
+    local = Path(path).is_dir() or not hub_answers()
+    try: tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+    except Exception as error: raise ValueError(f"pretrain.tokenizer: {path!r} is no directory with a tokenizer" + ("" if Path(path).is_dir() else ", nor can it be had from the hub") + f" ({str(error).splitlines()[0].strip()})") from error
+    if len(tokenizer) > vocab_size: raise ValueError(f"pretrain.tokenizer: {path} has {len(tokenizer):,} tokens, and model.vocab_size {vocab_size:,} has no room for them: raise it to that number or above")
+    return tokenizer
+
 def pretraining_data(
     c, inputs,
     shards:Path,  # directory to tokenise into, by the first process; the others wait
 ):
     "The model's shape and tokenizer; the documents of pretraining are in `shards` then."
     from accelerate import PartialState
-    from transformers import AutoTokenizer
 
     from phi4_ref.data.shards import write_shards
     from phi4_ref.model.tokenizer import train_tokenizer
     from phi4_ref.model.transformer import ModelConfig
     p = c.pretrain
     def documents(): return (d for d in training_documents(inputs) if not p.max_chars or len(d["text"]) <= p.max_chars)
-    tokenizer = AutoTokenizer.from_pretrained(p.tokenizer) if p.tokenizer else train_tokenizer((d["text"] for d in documents()), c.model.vocab_size)
+    tokenizer = given_tokenizer(p.tokenizer, c.model.vocab_size) if p.tokenizer else train_tokenizer((d["text"] for d in documents()), c.model.vocab_size)
     with PartialState().main_process_first(): write_shards(documents(), tokenizer, shards)
     return ModelConfig(**c.model.model_dump(), max_position_embeddings=p.context), tokenizer
 
@@ -316,6 +339,7 @@ def pts(c, inputs, out):
     where = inference()
     model, tokenizer = open_checkpoint(inputs["sft"], **where, **c.compute)
     p, questions = c.pts, [q for q in load(inputs["synth"]/"questions.parquet", QUESTION) if q["kind"] in c.pts.kinds][:c.pts.questions]
+    if not questions: raise ValueError(f"no question of the kinds {', '.join(p.kinds)} among those of {inputs['synth']}: widen pts.kinds, or raise synth.vote_on")
     team = Team()
     sampler = stored(model_sampler(model, stop_ids(tokenizer), p.temperature), out/(f"rollouts-{team.rank}.sqlite" if team.rank else "rollouts.sqlite"), f"sft, temperature {p.temperature}" + (", bfloat16" if where["dtype"].itemsize == 2 else ""))
     pairs, trajectories, counts = search(questions, [prompt_ids(q, tokenizer, True) for q in questions], sampler, tokenizer, max_total=p.max_total, n_samples=p.samples,
@@ -360,7 +384,7 @@ def preference_stage(c, section, start:Path, pairs, out, kind, epochs=None):
 
     from phi4_ref.post.dpo import train_dpo
     from phi4_ref.train.pretrain import finish_stage
-    if not pairs: raise ValueError(f"no preference pairs for {out.name.removesuffix('.partial')}: raise pts.questions or judge.prompts, or widen the band of pts")
+    if not pairs: raise ValueError(f"no preference pairs for {out.name.removesuffix('.partial')}: " + ("raise judge.prompts or judge.samples" if hasattr(section, "prompts") else "raise pts.questions, or widen the band of pts"))
     model, tokenizer = open_checkpoint(start, **c.compute)
     ref = copy.deepcopy(model) if section.kl_weight and not section.lora_rank else None  # without the KL term the policy is its own reference, before its first step
     policy = with_adapter(model, section.lora_rank, c.seed) if section.lora_rank else model
@@ -537,8 +561,98 @@ def check_all(
         folder = Path(config.out)/stage.name
         for path in (folder/"manifest.json", folder.with_name(folder.name + ".partial")/"started.json"):
             if path.exists():
-                old = load_json(path)
+                old = artifact.read_record(path)
                 artifact.refuse_if_different({"config": old["config"], "inputs": {}}, {"config": stage.settings(config), "inputs": {}}, folder)
+
+# %% ../nbs/70_run.ipynb #6ab1d0e5
+def check_training(
+    config:Config,
+    names:set[str],  # stages to be made
+)->None:
+    "ValueError for a tracker, a kernel, a library or a compiler that training wants and this machine lacks."
+    import torch
+    from importlib.util import find_spec
+
+    from phi4_ref.model.transformer import ModelConfig, Transformer
+    from phi4_ref.train.loop import check_compiler, trackers
+    for name in ("pretrain", "midtrain", "sft"):
+        if name in names:
+            try: trackers(getattr(config, name).tracker)
+            except ValueError as error: raise ValueError(f"{name}.tracker: {error}") from error
+    with torch.device("meta"): Transformer(ModelConfig(**config.model.model_dump(), max_position_embeddings=config.pretrain.context), config.compute.attention)
+    for name, made in (("dpo", {"dpo", "dpo_shuffled", "dpo_full"}), ("judge", {"stage2_only", "final"})):
+        if names & made and getattr(config, name).lora_rank and not find_spec("peft"): raise ValueError(f"{name}.lora_rank {getattr(config, name).lora_rank} needs peft: pip install phi4_ref[peft], or set it to 0")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper() == "INDUCTOR": check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+# %% ../nbs/70_run.ipynb #6ab1d0e6
+def data_sets(
+    source,  # `FilesSource`
+)->list[tuple]:  # (place in the configuration, `Files`, columns that are read)
+    "The data sets that a configuration names."
+    named = [(f"collect.{name}", getattr(source, name)) for name in ("pages", "questions", "conversations", "trivia")]
+    named += [(f"collect.documents.{name}", files) for name, files in source.documents.items()] + [(f"collect.benchmarks.{name}", files) for name, files in source.benchmarks.items()]
+    def columns(place, files):
+        if place == "collect.conversations": return ["messages"]
+        return [files.text, files.answer] if place in ("collect.questions", "collect.trivia") or "benchmarks" in place else [files.text]
+    return [(place, files, columns(place, files)) for place, files in named if files]
+
+def check_data(
+    source,  # `FilesSource`
+)->None:
+    "ValueError for a data set that cannot be read, is empty, or lacks a column that will be read."
+    from phi4_ref.data.collect import column, stream_rows
+    for place, files, columns in data_sets(source):
+        try:
+            row = next(stream_rows(files.path, files.name, files.split, 1), None)
+            if row is None: raise ValueError(f"{files.path!r} has no rows")
+            for name in columns: column(row, name, files.path)
+        except ValueError as error: raise ValueError(f"{place}: {error}") from error
+
+
+# %% ../nbs/70_run.ipynb #6ab1d0e7
+def check_supply(
+    config:Config,
+    names:set[str],  # stages to be made
+)->None:
+    "ValueError for a source of the mixture that nothing fills, and for a search without questions."
+    c, s = config.collect, config.synth
+    given = {"web", "code", "acquired"} if c.kind == "world" else {*c.documents, *(["web"] if c.pages else [])}
+    if s.rewrites and "web" in given: given.add("web_rewrite")
+    if s.worked or s.revisions or s.reversals or s.fim or s.conversations and s.rewrites: given.add("synthetic")
+    if empty := [source for source, share in config.pretrain.fractions.items() if share and source not in given]:
+        raise ValueError(f"pretrain.fractions wants {', '.join(empty)}, and neither collect nor synth makes any: set the share to 0, or name data (collect.documents) or counts (synth.rewrites and others)")
+    if "pts" in names and not (s.vote_on and (c.kind == "world" or c.questions)): raise ValueError("pts will have no questions: " + ("raise synth.vote_on" if not s.vote_on else "name a data set in collect.questions"))
+
+def check_teacher(
+    teacher,  # `Teacher`
+)->None:
+    "ValueError for a teacher that cannot be made here."
+    if teacher.kind == "openai":
+        from phi4_ref.synth.llm import OpenAIChat
+        OpenAIChat(teacher.model, base_url=teacher.base_url)
+    if teacher.kind == "transformers":
+        from transformers import AutoConfig
+        try: AutoConfig.from_pretrained(teacher.model, local_files_only=Path(teacher.model).is_dir() or not hub_answers())
+        except Exception as error: raise ValueError(f"teacher.model: {teacher.model!r} is no directory with a model, nor can it be had from the hub ({str(error).splitlines()[0]})") from error
+
+def check_ahead(
+    config:Config,
+    stages:list[Stage],  # chosen
+    force:bool,          # finished ones are made again
+)->None:
+    "ValueError, before any work, for what a stage that is still to be made would stumble over."
+    names = {s.name for s in stages if force or artifact.finished(Path(config.out)/s.name) is None}
+    if "collect" in names and config.collect.kind == "files": check_data(config.collect)
+    if "synth" in names and "pretrain" in names: check_supply(config, names)
+    if any(TEACHER[1] in s.sections for s in stages if s.name in names): check_teacher(config.teacher)
+    if names - {"collect", "curate", "synth", "report"}: check_training(config, names)
+    if "pretrain" in names and config.pretrain.tokenizer: given_tokenizer(config.pretrain.tokenizer, config.model.vocab_size)
+    elif "pretrain" in names:
+        from phi4_ref.model.tokenizer import special_tokens
+        size = config.model.vocab_size
+        if size < (least := 256 + len(special_tokens(size))): raise ValueError(f"model.vocab_size {size} has no room for 256 bytes and the special tokens: give at least {least}")
+
 
 # %% ../nbs/70_run.ipynb #91fc3489
 def needs_again(folder, stage, config, inputs):
@@ -615,6 +729,7 @@ def run(
     with artifact.only_one(folder) if is_first() else nullcontext():
         if is_first():
             if not force: check_all(config)
+            check_ahead(config, stages, force)
             keep_config(config, folder/"config.yaml")
             print(f"{config.name}: {len(stages)} stage{'s' * (len(stages) > 1)} in {folder}", flush=True)
         for number, stage in enumerate(stages, 1):

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import phi4_ref.train.checkpoint as checkpoint
 import phi4_ref.post.dpo as dpo
+import phi4_ref.train.loop as loop_module
 from phi4_ref.model.transformer import Attention, ModelConfig, Transformer
 from phi4_ref.post.dpo import train_dpo
 from phi4_ref.train.checkpoint import gathered
@@ -44,8 +45,8 @@ def model():
     torch.manual_seed(0)
     return Transformer(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32))
 
-def run(out, batches=None, settings=SETTINGS, **kw):
-    m = model()
+def run(out, batches=None, settings=SETTINGS, m=None, **kw):
+    m = m or model()
     rows = train(m, batches or Ragged(), settings, out, loss=loss, save_every=2, validation=dict(a=Ragged().batch(99)), **kw)
     return m, rows
 
@@ -90,6 +91,14 @@ def train_part(out):
             return super().batch(step)
     try: run(out, Breaks())
     except OSError: (Path(out)/f'stopped_{RANK}').touch()
+
+def train_twice(out):
+    "A training that skips every step above the last ones' mean, then the same again with a model that the first one left."
+    loop_module.WINDOW = 4
+    settings = replace(SETTINGS, skip_sigma=.01)
+    first, _ = run(out, settings=settings)
+    first.load_state_dict(model().state_dict())
+    keep(out, *run(Path(out)/'again', settings=settings, m=first))
 
 def stage(out):
     m, rows = run(out)

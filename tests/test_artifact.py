@@ -164,3 +164,73 @@ def test_one_process_at_a_time_and_a_dead_one_leaves_nothing(tmp_path):
         with only_one(tmp_path): pass
     child.kill(); child.wait()
     with only_one(tmp_path): pass
+
+
+# --- what a user's hand or a disk did to it -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "3", '{"fingerprint": 3}', '{"config": [], "inputs": {}, "fingerprint": "x"}', '{"config": {}, "fingerprint": "x"}'])
+def test_a_manifest_that_says_nothing_is_named(tmp_path, text):
+    first(tmp_path)
+    (tmp_path/"pretrain"/"manifest.json").write_text(text)
+    for work in (lambda: first(tmp_path), lambda: build(tmp_path/"sft", make, {}, {"pretrain": tmp_path/"pretrain"})):
+        with pytest.raises(ValueError, match="pretrain/manifest.json does not say how its stage was made .*delete .*pretrain and run its stage again"): work()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"config": {}, "inputs": {}}', '{"config": 3, "inputs": {}, "seconds": 1}'])
+def test_a_note_that_says_nothing_is_named(tmp_path, text):
+    begin(tmp_path/"sft.partial", {"config": {}, "inputs": {}}, False)
+    (tmp_path/"sft.partial"/"started.json").write_text(text)
+    with pytest.raises(ValueError, match="sft.partial/started.json does not say"): build(tmp_path/"sft", make, {}, {})
+
+
+@pytest.mark.parametrize("damage, said", [(lambda path: path.unlink(), "step_2.parquet is gone"), (lambda path: path.write_bytes(path.read_bytes()[:-3]), "step_2.parquet is .* bytes long and was")])
+def test_a_damaged_result_is_named_before_work_is_built_on_it(tmp_path, damage, said):
+    first(tmp_path)
+    def after(force=False): return build(tmp_path/"sft", make, {}, {"pretrain": tmp_path/"pretrain"}, force=force)
+    done = after()
+    damage(tmp_path/"pretrain"/"step_2.parquet")
+    for work in (lambda: first(tmp_path), after, lambda: after(True)):
+        with pytest.raises(ValueError, match=said): work()
+    forced(tmp_path)  # mends it
+    assert artifact.finished(tmp_path/"sft") == done
+
+
+def test_an_artifact_from_before_sizes_were_kept(tmp_path):
+    manifest = first(tmp_path)
+    old = {name: value for name, value in manifest.items() if name != "files"}
+    records.save_json(tmp_path/"pretrain"/"manifest.json", old)
+    assert first(tmp_path) == old
+
+
+@pytest.mark.parametrize("name", ["sft", "sft.partial"])
+def test_a_file_where_a_stage_should_be(tmp_path, name):
+    (tmp_path/name).write_text("notes")
+    def never(out): raise AssertionError("worked before it looked")
+    with pytest.raises(ValueError, match=f"{name} is a file, and stage sft needs that name"): build(tmp_path/"sft", never, {}, {})
+    assert (tmp_path/name).read_text() == "notes"
+
+
+def test_fields_that_do_not_enter_the_result_may_change(tmp_path):
+    def dies(out): (out/"mark").write_text("1"); raise RuntimeError("no")
+    with pytest.raises(RuntimeError): build(tmp_path/"sft", dies, {"sft": {"lr": 1, "micro_batch_size": 8, "tracker": "auto", "save_every": 5}}, {})
+    other = {"sft": {"lr": 1, "micro_batch_size": 2, "tracker": "none", "save_every": 9}}
+    for force in (False, True):
+        made = build(tmp_path/"sft", make, other, {}, force=force)
+        assert made["config"] == other
+    assert build(tmp_path/"sft", None, {"sft": {"lr": 1, "micro_batch_size": 4, "tracker": "none", "save_every": 9}}, {}) == made
+
+
+def test_begun_work_goes_on_with_a_smaller_micro_batch(tmp_path):
+    def dies(out): (out/"mark").write_text("1"); raise RuntimeError("out of memory")
+    for force in (False, True):
+        folder = tmp_path/str(force)
+        with pytest.raises(RuntimeError): build(folder, dies, {"sft": {"micro_batch_size": 8}}, {})
+        build(folder, make, {"sft": {"micro_batch_size": 2}}, {}, force=force)
+        assert (folder/"mark").exists()
+
+
+@pytest.mark.parametrize("place, said", [("file", r"it is a file"), ("file/run", "Not a directory"), ("/proc/run", "No such file")])
+def test_where_nothing_can_be_written(tmp_path, place, said):
+    (tmp_path/"file").write_text("x")
+    with pytest.raises(ValueError, match=rf"cannot work in .*{place} \({said}.*\): choose another directory with out="):
+        with only_one(tmp_path/place): pass

@@ -48,7 +48,7 @@ REFUSED = {
     "collect.max_number=3": "toy.yaml: collect.max_number: Input should be greater than or equal to 4 (got 3)",
     "collect.kind=moon": "toy.yaml: collect: Input tag 'moon'",
     "seed=-1": "toy.yaml: seed: Input should be greater than or equal to 0 (got -1)",
-    "sft.warmup=1.5": "toy.yaml: sft.warmup: Input should be less than or equal to 1 (got 1.5)",
+    "sft.warmup=1.5": "toy.yaml: sft.warmup: Input should be less than 1 (got 1.5)",
     "pretrain.lr=0": "toy.yaml: pretrain.lr: Input should be greater than 0 (got 0)",
     "pretrain.lr=nan": "toy.yaml: pretrain.lr: Input should be",
     "pretrain.lr=inf": "toy.yaml: pretrain.lr: Input should be a finite number (got inf)",
@@ -88,6 +88,18 @@ REFUSED = {
     "=3": "cannot read the override '=3'",
     "seed.x=3": "cannot apply 'seed.x=3': seed is a value, not a section",
     "curate.languages=[en": "cannot read the value of 'curate.languages=[en'",
+    "seed=2147483648": "toy.yaml: seed: Input should be less than 2147483648",
+    "pretrain.warmup=1": "toy.yaml: pretrain.warmup: Input should be less than 1 (got 1)",
+    "dpo.warmup=1": "toy.yaml: dpo.warmup: Input should be less than 1 (got 1)",
+    "sft.betas=[0.9, 1]": "toy.yaml: sft.betas.1: Input should be less than 1 (got 1)",
+    "pts.p_gap=1": "toy.yaml: pts.p_gap: Input should be less than 1 (got 1)",
+    "pts.max_total=1": "toy.yaml: pts.max_total: Input should be greater than or equal to 8 (got 1)",
+    "midtrain.long_tokens=1024": "midtrain.long_tokens 1024 must be below midtrain.context 1024",
+    "midtrain.rope_theta=100": "midtrain.rope_theta 100 is below model.rope_theta 10000",
+    "judge.models=[teacher]": "toy.yaml: judge: models ['teacher'] with samples 2 give one reply to a prompt, and the judge compares",
+    "judge.max_new_tokens=100000": "judge.max_new_tokens 100000 leaves no room for a prompt in midtrain.context 1024",
+    "evaluate.max_new_tokens=1024": "evaluate.max_new_tokens 1024 leaves no room for a prompt in midtrain.context 1024",
+    "curate={min_quality: 3, min_quality: 4}": "cannot read the value of 'curate={min_quality: 3, min_quality: 4}': the key min_quality stands twice",
 }
 
 
@@ -112,6 +124,17 @@ def test_files_that_are_no_configuration(tmp_path, text, said):
     (tmp_path/"mine.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=said) as refused: load_config(tmp_path/"mine.yaml")
     assert "mine.yaml" in str(refused.value)
+
+
+@pytest.mark.parametrize("line, said", [("seed: 5", "the key seed stands twice.*\n.*line 7[0-9]"), ("synth: {votes: 5}", "the key synth stands twice"), ("3: 4", "the key '3' is no word"), ("null: 4", "the key 'null' is no word"), ("on: 4", "the key 'on' is no word")])
+def test_a_key_is_a_word_and_stands_once(tmp_path, line, said):
+    (tmp_path/"mine.yaml").write_text((CONFIGS/"toy.yaml").read_text() + f"\n{line}\n")
+    with pytest.raises(ValueError, match=f"mine.yaml is not valid YAML: {said}"): load_config(tmp_path/"mine.yaml")
+
+
+def test_a_file_of_ones_own_is_named_by_its_path(tmp_path):
+    (tmp_path/"config.yaml").write_text((CONFIGS/"toy.yaml").read_text())
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.yaml: seed: "): load_config(tmp_path/"config.yaml", ["seed=-1"])
 
 
 def test_files_that_are_missing():

@@ -3,6 +3,10 @@ import json
 
 import pytest
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from phi4_ref.data.collect import as_question, from_files, load_benchmarks, save_tables, stream_rows
 from phi4_ref.data.curate import OWN_DEFECTS, curate, precision_recall
 from phi4_ref.teacher import WorldTeacher
 from phi4_ref.world import World
@@ -89,6 +93,91 @@ def test_mistakes_are_explained(run):
         name = 'broken-model'
         def chat(self, conversations, **_): return ['I would rather not say.'] * len(conversations)
     with pytest.raises(ValueError, match='broken-model gave 0 usable ratings'): curate(pages[:60], Broken(), {})
+
+
+@pytest.mark.parametrize('settings, says', [(dict(info=.9, contaminated=.1), 'info=0.9, contaminated=0.1'), (dict(near_duplicate=0), 'threshold 0'), (dict(languages='en'), "languages 'en'"), (dict(languages=('english',)), "'english'")])
+def test_settings_that_cannot_be_are_refused_before_any_work(run, settings, says):
+    class Unasked:
+        name = 'unasked'
+        def chat(self, conversations, **_): raise AssertionError('a model was asked')
+    with pytest.raises(ValueError, match=says): curate(run[1][:60], Unasked(), {}, **settings)
+
+
+def test_a_page_without_html_is_named(run):
+    for html in ({'html': None}, {'html': 3}, {}):
+        with pytest.raises(ValueError, match="page 'p1'.*html"): curate([run[1][0], {'id': 'p1', 'url': '', **html}], run[2], {})
+
+
+# -- files
+
+def lines(folder, *rows):
+    (folder/'a.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return dict(path=str(folder/'a.jsonl'), name=None, split='train', text='text', answer='answer', limit=None)
+
+
+def tables(**source): return from_files(dict(pages=None, documents={}, questions=None, conversations=None, trivia=None, benchmarks={}) | source)
+
+
+@pytest.mark.parametrize('where, row, says', [
+    ('pages', dict(text=None), "a.jsonl, row 1: column 'text' holds None, not text"), ('documents', dict(text=7), "row 1: column 'text' holds 7, not text"), ('documents', dict(txt='a'), "no column 'text'; it has"),
+    ('questions', dict(text=None, answer='1'), "row 1: column 'text' holds None"), ('questions', dict(text=' ', answer='1'), "row 1: column 'text' holds ' '"), ('questions', dict(text='q', answer=['1']), "row 1: column 'answer' holds .'1'."),
+    ('questions', dict(text='q', answer='1', kind='maths'), "row 1: kind 'maths' is none of problem"),
+    ('trivia', dict(text='q', answer=None), "row 1: column 'answer' holds no answer"), ('benchmarks', dict(text='q', answer=''), "row 1: column 'answer' holds no answer"),
+    ('benchmarks', dict(text='q', answer='B', choices=['x', 'y']), "row 1: the column 'choices' is not read"),
+    ('conversations', dict(messages='hi'), "row 1: column 'messages' holds 'hi'"), ('conversations', dict(messages=None), "row 1: column 'messages' holds None"), ('conversations', dict(messages=[]), "row 1: column 'messages' holds"),
+    ('conversations', {'messages': [{'from': 'human', 'value': 'x'}]}, "row 1: column 'messages' holds"), ('conversations', dict(messages=[dict(role='user', content=None)]), "row 1: column 'messages' holds"),
+    ('conversations', dict(messages=[dict(role='human', content='x')]), "row 1: column 'messages' holds.*roles system, user and assistant")])
+def test_a_row_that_cannot_be_used_is_named(tmp_path, where, row, says):
+    good = dict(messages=[dict(role='user', content='a')]) if where == 'conversations' else dict(text='a', answer='1')
+    rows = [good, row] if set(row) & set(good) else [row]
+    files = lines(tmp_path, *rows)
+    with pytest.raises(ValueError, match=says if len(rows) == 2 else says.replace('row 1', 'row 0')): tables(**{where: {'web': files} if where in ('documents', 'benchmarks') else files})
+
+
+def test_a_data_set_without_rows_is_named_and_an_empty_stage_is_none(tmp_path):
+    for text in ('', '\n'):
+        files = lines(tmp_path)
+        (tmp_path/'a.jsonl').write_text(text)
+        assert list(stream_rows(files['path'])) == []
+        with pytest.raises(ValueError, match="no rows in .*a.jsonl"): tables(questions=files)
+    pq.write_table(pa.table({'text': pa.array([], pa.string())}), tmp_path/'b.parquet')
+    assert list(stream_rows(str(tmp_path/'b.parquet'))) == []
+
+
+def test_files_that_are_no_data_set_say_what_to_give(tmp_path):
+    files = lines(tmp_path, dict(text='a'))
+    with pytest.raises(ValueError, match='is a directory: give a glob'): list(stream_rows(str(tmp_path)))
+    (tmp_path/'a.csv').write_text('text\na\n')
+    with pytest.raises(ValueError, match="ending in '.csv'"): list(stream_rows(str(tmp_path/'a.*')))
+    pq.write_table(pa.table({'text': ['a']}), tmp_path/'c.parquet')
+    with pytest.raises(ValueError, match='of one kind'): list(stream_rows(str(tmp_path/'[ac].[jp]*')))
+    with pytest.raises(ValueError, match='limit -1'): list(stream_rows(files['path'], limit=-1))
+
+
+def test_a_mistake_in_the_last_set_is_found_before_the_first_is_read(tmp_path, monkeypatch):
+    import phi4_ref.data.collect as collect
+    read = []
+    monkeypatch.setattr(collect, 'stream_rows', lambda path, *more: read.append((path, more[-1])) or stream_rows(path, *more))
+    long = lines(tmp_path, *[dict(text='a')] * 50)
+    with pytest.raises(ValueError, match='no file matches'): tables(documents={'web': long}, benchmarks={'b': long | dict(path=str(tmp_path/'none.jsonl'))})
+    assert all(limit == 1 for _, limit in read)
+
+
+def test_a_benchmark_is_named_as_a_file_can_be(tmp_path):
+    files = lines(tmp_path, dict(text='q', answer='1'))
+    for name in ('a/b', '../b', '', '.b'):
+        with pytest.raises(ValueError, match='benchmark .*letters, digits'): tables(documents={'web': files}, benchmarks={name: files})
+    save_tables(tables(documents={'web': files}, benchmarks={'gsm8k-1.0': files}), tmp_path/'out')
+    assert list(load_benchmarks(tmp_path/'out')) == ['gsm8k-1.0']
+
+
+def test_questions_that_a_run_saved_are_read_back(tmp_path):
+    from phi4_ref.records import QUESTION, save
+    rows = [dict(id='m', question='Grass?', answer='', kind='mcq', meta=dict(choices=['red', 'green'], label=1)), dict(id='u', question='Who?', answer='', kind='unknown', meta={})]
+    save(tmp_path/'a.parquet', rows, QUESTION)
+    files = lines(tmp_path) | dict(path=str(tmp_path/'a.parquet'), text='question')
+    assert [q['meta'] for q in tables(questions=files, benchmarks={'b': files})['questions']] == [r['meta'] for r in rows]
+    assert as_question(dict(text='q', answer=None, kind=None, meta='by hand'), 0, files | dict(text='text')) == dict(id=f"{tmp_path/'a.parquet'}/0", question='q', answer='', kind='problem', meta=dict(meta='by hand'))
 
 
 def document(page, defect, of=None): return {'id': page, 'text': page, 'meta': {'page': page, 'defect': defect} | ({'of': of} if of else {})}

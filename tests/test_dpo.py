@@ -228,6 +228,22 @@ def test_bad_input_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match='tokens'): dpo.train_dpo(tiny(), tiny(), some_pairs(2), TrainSettings(lr=1e-4), tmp_path, kind='tokens')
     with pytest.raises(ValueError, match='pass ref'): dpo.train_dpo(tiny(), None, some_pairs(2), TrainSettings(lr=1e-4), tmp_path, kl_weight=.1)
     with pytest.raises(ValueError, match="'hinge': choose one of sigmoid, ipo"): dpo.preference_loss(.1, loss='hinge')
+    for counts in (dict(a=0), dict(a=2, b=-1)):
+        for call in (dpo.mixture, dpo.largest_mixture):
+            with pytest.raises(ValueError, match='counts .*above 0'): call({name: [1, 2, 3] for name in counts}, counts)
+
+
+@pytest.mark.parametrize('change, says', [(dict(prompt_ids=[]), 'no prompt_ids'), (dict(chosen_ids=[]), 'no chosen_ids'), (dict(rejected_ids=None), 'no rejected_ids'), (dict(prompt_ids='text'), "no prompt_ids .*'text'"),
+    (dict(chosen_ids=[64]), 'chosen_ids .*64.*0 to 63'), (dict(rejected_ids=[-1]), 'rejected_ids .*-1.*0 to 63'), (dict(rejected_ids=[0]), 'chosen and rejected are the same')])
+def test_a_pair_that_cannot_be_learnt_from_is_named(tmp_path, change, says):
+    pairs = [pair([5, 6], [0], [1]), pair([5, 6], [0], [1]) | dict(id='p7') | change]
+    with pytest.raises(ValueError, match=f"pair 'p7'.*{says}"): dpo.train_dpo(tiny(), tiny(), pairs, TrainSettings(lr=1e-4), tmp_path)
+    with pytest.raises(ValueError, match="pair None has no prompt_ids"): dpo.train_dpo(tiny(), tiny(), [dict(prompt='Hi', chosen='a', rejected='b')], TrainSettings(lr=1e-4), tmp_path)
+
+
+@pytest.mark.parametrize('setting', [dict(beta=0.), dict(beta=-1.), dict(epochs=0), dict(batch_size=0), dict(label_smoothing=.6), dict(label_smoothing='some'), dict(nll_weight=-1.), dict(kl_weight=-1.)])
+def test_settings_that_cannot_be_are_refused(tmp_path, setting):
+    with pytest.raises(ValueError, match='='.join(map(str, next(iter(setting.items()))))): dpo.train_dpo(tiny(), tiny(), some_pairs(2), TrainSettings(lr=1e-4), tmp_path, **setting)
 
 
 def test_chat_pairs_end_with_im_end_unless_cut():
@@ -367,6 +383,11 @@ def test_each_pair_is_smoothed_by_its_own_counts(tmp_path, monkeypatch):
         return [of[r['chosen_ids'][0]] for r in pairs]
     assert smoothed(loss='cdpo') == pytest.approx([dpo.label_noise(10, 9, 10, 5), dpo.label_noise(10, 6, 10, 5), 0.])  # no counts: taken at its word
     assert smoothed(loss='robust', label_smoothing=.07) == pytest.approx([.07] * 3)
+    for r, rises in zip(pairs, (True, False)): r['meta'] |= dict(is_positive=rises, n_own=40, k_own=30 if rises else 17, n_others=50, k_others=25)
+    assert smoothed(loss='cdpo') == pytest.approx([dpo.label_noise(40, 30, 50, 25), dpo.label_noise(50, 25, 40, 17), 0.])  # the test's counts, where there was one
+    for r in pairs[:2]: r |= r.pop('meta')
+    assert smoothed(loss='cdpo')[:2] == pytest.approx([dpo.label_noise(40, 30, 50, 25), dpo.label_noise(50, 25, 40, 17)])  # a data set's rows are flat
+    assert smoothed() == [0.] * 3
     pairs[2]['meta'] = dict(n_chosen=1, k_chosen=1, n_rejected=60, k_rejected=58)
     with pytest.raises(ValueError, match='leave the pair out or set label_smoothing'): smoothed(loss='robust')
 

@@ -231,6 +231,28 @@ def test_sampling_without_temperature_is_refused(tokenizer):
     with pytest.raises(ValueError, match='temperature'): evaluate(tiny(), tokenizer, QUESTIONS, chat=True, samples=4)
 
 
+@pytest.mark.parametrize('change, says', [(dict(answer=''), "no answer"), (dict(answer=None), "answer is None"), (dict(question=None), "question is None"), (dict(kind='maths'), "no grader for questions of kind 'maths'"), (dict(kind='mcq'), "no list `choices`"),
+    (dict(kind='mcq', meta=dict(choices=['a', 'b'], label=2)), 'label 2'), (dict(kind='mcq', meta=dict(choices=['a', ''], label=0)), "choice 1 is ''"), (dict(kind='code'), "no text `tests`"), (dict(kind='code', meta=dict(tests='assert 1')), 'no text `prompt`'), (dict(meta='{}'), 'not a dict')])
+def test_a_question_that_cannot_be_graded_is_named_before_the_model_is_asked(tokenizer, change, says):
+    bad = question('problem', 'What is 3 plus 3?', '6') | dict(id='q7') | change
+    with pytest.raises(ValueError, match=f"'sums'.*'q7'.*{says}"): evaluate(None, tokenizer, QUESTIONS | dict(sums=[bad]), chat=False)
+
+
+def test_what_cannot_be_evaluated_is_named(tokenizer):
+    sums = QUESTIONS['arithmetic']
+    for benchmarks, says in ((dict(sums=sums + sums[:1]), "'sums': 2 questions have the id"), (sums, 'a dict'), (dict(sums=[]), "'sums' has no questions")):
+        with pytest.raises(ValueError, match=says): evaluate(None, tokenizer, benchmarks, chat=True)
+    for wrong in (dict(samples=0), dict(max_new_tokens=0), dict(limit=0)):
+        with pytest.raises(ValueError, match=f'{next(iter(wrong))}=0'): evaluate(None, tokenizer, QUESTIONS, chat=True, temperature=1., **wrong)
+
+
+def test_a_choice_may_be_keyed_by_its_letter_or_its_words(tokenizer):
+    for answer in ('B', 'green'):
+        q = question('mcq', 'What is grass?', answer, choices=['red', 'green'])
+        [row] = evaluate(tiny(), tokenizer, dict(mcq=[q]), chat=True)
+        assert row['correct'] == (row['reply'] == 'green')
+
+
 def test_limit(tokenizer):
     rows = evaluate(tiny(), tokenizer, {'arithmetic': QUESTIONS['arithmetic']}, chat=False, limit=1, max_new_tokens=4)
     assert [r['id'] for r in rows] == ['What is 3 plus 3?']

@@ -223,6 +223,15 @@ def test_every_conversation_is_accounted_for():
     assert len({r['id'] for r in every}) == len(every) == 16 and {r['source'] for r in every} == {'judge_accuracy', 'judge_overall'}
 
 
+def test_what_cannot_be_judged_is_named():
+    with pytest.raises(ValueError, match='2 conversations and replies to 1'): judge.judge_pairs([ASK] * 2, [REPLIES], Scripted(SCORES), TOKENIZER)
+    with pytest.raises(ValueError, match='orders=3: choose 1 or 2'): judge.judge_pairs([ASK], [REPLIES], Scripted(SCORES), TOKENIZER, orders=3)
+    with pytest.raises(ValueError, match='conversation 0, reply 1: its text is None'): judge.judge_pairs([ASK], [[REPLIES[0], dict(model='b', text=None)]], Scripted(SCORES), TOKENIZER)
+    with pytest.raises(ValueError, match="'scripted' gave no usable verdict on any of 3 conversations"): judge.judge_pairs([ASK] * 3, [REPLIES] * 3, Scripted(SCORES, broken=99), TOKENIZER)
+    for models in ([], [(Scripted(SCORES), 0)]):
+        with pytest.raises(ValueError, match='models'): judge.collect_replies([ASK], models)
+
+
 @pytest.mark.parametrize('after', range(0, 34, 5))
 def test_a_killed_run_pays_for_no_verdict_twice(tmp_path, after):
     class Line(Scripted):
@@ -257,8 +266,10 @@ def test_the_scorer_gives_each_candidate_its_own_score():
 def test_malformed_replies_are_retried_then_set_aside():
     rows, counts = judge.judge_pairs([ASK], [REPLIES], Scripted(SCORES, broken=2), TOKENIZER)
     assert counts['retried'] == 2 and counts['malformed'] == 0 and len(rows) == 2
-    rows, counts = judge.judge_pairs([ASK] * 2, [REPLIES, REPLIES[:1]], Scripted(SCORES, broken=9), TOKENIZER)
-    assert rows == [] and counts['malformed'] == 1 and counts['judged'] == 0 and counts['alike'] == 1
+    class HalfDeaf(Scripted):
+        def chat(self, chats, **sampling): return ['What?' if 'Who?' in chat[0]['content'] else reply for chat, reply in zip(chats, super().chat(chats, **sampling))]
+    rows, counts = judge.judge_pairs([[dict(role='user', content='Who?')], ASK, ASK], [REPLIES, REPLIES, REPLIES[:1]], HalfDeaf(SCORES), TOKENIZER)
+    assert {r['id'].split('-')[1] for r in rows} == {'1'} and counts['retried'] == 2 and counts['malformed'] == 1 and counts['judged'] == 1 and counts['alike'] == 1
 
 
 @pytest.mark.parametrize('scores', [

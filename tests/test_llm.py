@@ -219,7 +219,37 @@ def test_copies_are_sent_with_seeds_of_their_own(endpoint):
 
 def test_a_refused_conversation_is_empty_and_does_not_stop_the_batch(endpoint):
     url, _ = endpoint([400])
-    assert OpenAIChat("m", url, "right", concurrency=1).chat([user("too long"), user("q")]) == ["", "q|0"]
+    with pytest.warns(RuntimeWarning, match="refuses 1 of 2 conversations"): assert OpenAIChat("m", url, "right", concurrency=1).chat([user("too long"), user("q")]) == ["", "q|0"]
+
+
+def test_a_server_that_refuses_every_conversation_is_not_taken_for_a_silent_one(endpoint, tmp_path):
+    url, _ = endpoint([None] * 8 + [400] * 8)
+    llm = Stored(OpenAIChat("m", url, "right"), tmp_path / "s.db", chunk=8)
+    with pytest.raises(RuntimeError, match="refuses 8 of 8 conversations: .*400.*max_tokens"): llm.chat([user(f"q{i}") for i in range(16)])
+    assert len(llm.store) == 8
+
+
+def test_a_model_that_gives_too_few_replies_is_named():
+    class Short:
+        name = "short"
+        def chat(self, conversations, **sampling): return ["one"]
+    with pytest.raises(ValueError, match="'short' gave 1 replies to 2 conversations"): ask(Short(), ["a", "b"])
+
+
+def test_a_full_disk_is_named_and_keeps_what_was_stored(tmp_path):
+    code = f"""
+import resource
+from phi4_ref.synth.llm import ReplyStore
+store = ReplyStore({str(tmp_path / "s.db")!r})
+store.put([b"first"], ["kept"])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))  # no file grows further, as on a full disk
+try: store.put([b"second"], ["x" * 10**6])
+except OSError as error: print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "s.db" in done.stdout and "is the disk full" in done.stdout, done.stderr
+    assert ReplyStore(tmp_path / "s.db").get([b"first", b"second"]) == ["kept", None]
+    with pytest.raises(ValueError, match="cannot make the directory"): ReplyStore(tmp_path / "s.db" / "below" / "t.db")
 
 
 @pytest.mark.parametrize("fault, says", [(401, "the key was refused"), (404, "not found"), ("html", "no completion"), (500, "after 2 attempts")])
@@ -232,7 +262,10 @@ def test_a_wrong_key_a_missing_server_and_no_key(endpoint, monkeypatch):
     url, seen = endpoint([])
     with pytest.raises(RuntimeError, match="api_key"): OpenAIChat("m", url, "wrong").chat([user("q")])
     assert len(seen) == 1
-    with pytest.raises(RuntimeError, match="is the server running"): OpenAIChat("m", "http://127.0.0.1:9/v1", "k", retries=1).chat([user("q")])
+    for address in ("http://127.0.0.1:9/v1", "http://nowhere.invalid/v1"):  # nobody waits a thousand times for a server that was never there
+        with pytest.raises(RuntimeError, match="is the server running"): OpenAIChat("m", address, "k", retries=1000).chat([user("q")])
+    for address in ("", "localhost:8000/v1", "http:///v1"):
+        with pytest.raises(ValueError, match=f"base_url '{address}' is no address"): OpenAIChat("m", address, "k")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="OPENAI_API_KEY"): OpenAIChat("m")
 
@@ -268,3 +301,8 @@ def test_local_replies_do_not_depend_on_the_batch():
         assert LocalChat(model, tokenizer, batch_size=2).chat(chats, max_tokens=6, **sampling) == whole
         assert (whole[0] == whole[3]) == (sampling["temperature"] == 0)
     assert LocalChat(model, tokenizer).chat(chats, max_tokens=6, seed=1) != LocalChat(model, tokenizer).chat(chats, max_tokens=6, seed=2)
+    with pytest.warns(RuntimeWarning, match="1 of 2 conversations do not fit in the 2048 tokens"): assert [bool(r) for r in LocalChat(model, tokenizer).chat([user("x" * 3000), user("hi")], max_tokens=4)] == [False, True]
+    assert LocalChat(model, tokenizer).chat([]) == []
+    for wrong in (dict(temperature=-1), dict(top_p=0.0), dict(max_tokens=0)):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"): LocalChat(model, tokenizer).chat(chats, **wrong)
+    with pytest.raises(ValueError, match="cannot load a language model .* '/no/such/model'"): LocalChat("/no/such/model")

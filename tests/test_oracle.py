@@ -2,6 +2,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -73,18 +74,25 @@ def test_the_order_of_the_conventions():
 
 @pytest.mark.parametrize('text', ['1e' + '9' * 50, '9' * 10**5, '1/' + '0' * 60, '{' * 10**4, r'\boxed{' * 2000])
 def test_hostile_numbers_are_no_numbers(text):
-    assert numeric_answer('The answer is ' + text) is None and not answer_oracle(problem('1'), r'\boxed{' + text + '}')
+    assert numeric_answer('The answer is ' + text) is parse_number('1e99999 apples, 18') is None and not answer_oracle(problem('1'), r'\boxed{' + text + '}')
 
 
 # -- numbers
 
 def in_words(key, text):
-    "How a problem's plain key is compared with a reply in words: the last stated answer, else the last number; of an equation its last side; of that the first number."
+    "How a problem's plain key is compared with a reply in words: with the one number of its last stated answer, of an equation its last side that is one number; else with the last number."
     stated = [re.split(r'\.(?=\s|$)|\n', part)[0].strip() for part in re.split(r'\b[Aa]nswer is\b:?', text)[1:]]
     number = r'(?<![\w.])-?\d+(?:\.\d+)?(?![\d]|\.\d|[eE]\d)'
-    answer = stated[-1] if stated and stated[-1] else (re.findall(number, text) or [''])[-1]
-    first = re.search(number, answer.split('=')[-1])
-    return bool(first) and Fraction(first[0]) == Fraction(key)
+    if not stated or not stated[-1]: return (re.findall(number, text) or [''])[-1:] != [''] and Fraction(re.findall(number, text)[-1]) == Fraction(key)
+    value, sides = None, [side.split() for side in stated[-1].split('=')]
+    for i, side in enumerate(sides):
+        if 0 < i < len(sides) - 1 and '8,' in side: return False  # one statement ends there and another begins
+        at = [j for j, token in enumerate(side) if re.search(r'\d', token)]
+        signed = len(at) == 1 and at[0] and side[at[0]][0].isdigit() and side[at[0] - 1] == '-' and not set(side[:at[0] - 1]) - {'!', '+'}
+        if len(at) == 1 and not (side[at[0] + 1:at[0] + 2] == ['+'] and side[at[0]][-1].isdigit()): value = Fraction(side[at[0]].strip('(),')) * (-1 if signed else 1)
+        joined = all({'+', '-'} & set(side[j + 1:k]) or side[k][0] in '(-' for j, k in zip(at, at[1:]))
+        if len(at) > 1 and (len(sides) == 1 or not joined and not re.search('[A-Za-z]', ''.join(side[:at[0]]))): return False
+    return value is not None and value == Fraction(key)
 
 
 WORDS = st.lists(st.sampled_from(['Ella', 'paid', 'has', '3', '12', '-4', '7.5', '+', '-', '=', 'coins.', 'coins', '7.', '12.', 'a', 'I', '\n', 'so', '5', '(3)', '8,', '!']), max_size=7)
@@ -92,14 +100,73 @@ WORDS = st.lists(st.sampled_from(['Ella', 'paid', 'has', '3', '12', '-4', '7.5',
 
 @settings(max_examples=500, deadline=None)
 @example(5, [], 'The answer is', ['3', '=', '5'])
+@example(3, [], 'The answer is', ['3', '=', '5', '+', '-4'])
 @example(3, [], 'The answer is', ['3', '=', '5', 'coins'])
 @example(-4, [], 'The answer is', ['a', '-4'])
 @example(3, [], 'The answer is', ['3', '-', 'a'])
+@example(-3, [], 'The answer is', ['-', '3'])
 @example(7, ['3', '+', '5'], 'The answer is', ['7', '-', '5'])
-@given(st.sampled_from([3, 12, -4, 7, 5, 8]), WORDS, st.sampled_from(['The answer is', 'the answer is:', '']), WORDS)
-def test_sentences_are_read_as_they_always_were(key, before, states, after):
+@given(st.sampled_from([3, 12, -4, 7, 5, 8, -3]), WORDS, st.sampled_from(['The answer is', 'the answer is:', '']), WORDS)
+def test_a_sentence_is_the_one_number_it_states(key, before, states, after):
     text = ' '.join([*before, states, *after])
     assert answer_oracle(problem(str(key)), text) is in_words(str(key), text), reply_answer(text)
+
+
+STATES = ['The answer is {}.', 'The answer is: {}\nThat took 3 steps.', 'Hence **the answer is {}**', '**Final answer:** {}. That took 3 steps.']
+PLACES = [*STATES, r'So \boxed{{{}}} in 3 steps.', r'\boxed{{\text{{{}}}}}']
+TWO = ['{a} or {b}', 'either {a} or {b}', 'not {a} but {b}', 'between {a} and {b}', '{a} to {b}', '{a} and {b}', '{a}, {b}', '{a}, maybe {b}', '{a}, I mean {b}', '{a} minus {b}', '{a} times {b}', '{a} dollars and {b} cents', '{a} apples and {b} pears', '{a} apples in {b} days',
+       '{a} out of {b}', '{a} (or {b})', r'{a} \text{{ or }} {b}', 'x = {a} or x = {b}', 'x = {a}, y = {b}', 'x = {a} and y = {b} = z', '{a}, or perhaps {b} = x', r'{a} \pm {b}', '{a}; {b}', 'neither {a} nor {b}', '{a} for Tom, {b} for Ann', 'one of {a} and {b}', '{a} feet {b} inches']
+RANGES = ['{a}-{b}', '{a} - {b}', '{a}\u2013{b}', '{a} x {b}', '{a} : {b}', '{a} + {b}']  # which a box may hold as arithmetic
+BOUNDS = ['more than {a}', 'no more than {a}', 'less than {a}', 'fewer than about {a}', 'at least {a}', 'at most {a} coins', 'up to {a}', 'over {a}', 'under ${a}', 'almost {a}', '> {a}', 'x >= {a}', 'x \u2264 {a}', '{a} < x', '{a} or more', '{a} or so', '{a} and more', '{a}+', '{a} plus tax',
+          'not {a}', 'not equal to {a}', "isn't exactly {a}", '{a} is not right', 'cannot be {a}', 'x != {a}', 'half of {a}', 'twice {a}', 'the square root of {a}', '{a} squared', '{a} tenths', '{a} hundredths', '{a} and a half', '{a} and three quarters', '{a} 1/2', '{a} hundred', '{a} thousand', '{a} million dollars',
+          '{a}x', 'x + {a}', '{a} divided by x', 'minus {a}', 'negative {a}', '- {a}', '\u2013{a}', '\u2212{a}', '-{a}', '{a}.5', '{a}0', '0.{a}', '{a} 000', '{a}/7', r'-\frac{{{a}}}{{1}}', '17 = {a} + 1', 'not 9 * 2 = {a}', 'more than 9 * 2 = {a}']
+SAME = ['{a}', '${a}', '{a} dollars', '{a} apples', '${a}.00', '**{a}** apples', '{a} = 9*2', '9 * 2 = {a} apples', 'x = {a}', '{a} = x', 'about {a}', 'a total of {a}', '{a} (9 + 9) of them', '{a}, because 9 * 2 = 18', '{a} since 20 - 2 = 18', '{a}, which is 9 + 9', '{a}, not 19', '{a} rather than 19',
+        '{a} more apples', '{a} more than Ann', '{a} fewer', '{a} people who did not vote', 'the difference between the two, {a}', '{a} per day', '{a} m2', '{a} km/h', '{a} years old', '{a}%', '{a} percent', '<b>{a}</b>', '<<9+9={a}>>{a}', '9 + 9 => {a}', 'in 2 days they eat 9 + 9 = {a}', '{a} quarters', '{a} months', '{a} times', '`{a}`', '"{a}"',
+        '\u20ac{a}', '{a} USD', '${a}$', r'\({a}\) apples', r'{a}\text{{ cm}}', r'{a}^\circ', r'\frac{{{a}}}{{1}}', '{a}!', '{a} (eighteen)', '+{a}', '{a} 0/5']
+WHOLE = st.integers(10, 99_999).filter(lambda n: n % 10)
+
+
+@settings(max_examples=300, deadline=None)
+@given(WHOLE, WHOLE, st.sampled_from(TWO), st.sampled_from(PLACES))
+def test_two_numbers_are_no_answer(a, b, hedge, place):
+    text = place.format(hedge.format(a=a, b=b))
+    assert a == b or not answer_oracle(problem(str(a)), text) and not answer_oracle(problem(str(b)), text), text
+
+
+@settings(max_examples=60, deadline=None)
+@given(WHOLE, WHOLE, st.sampled_from(RANGES), st.sampled_from(STATES))
+def test_a_range_in_words_is_no_answer(a, b, hedge, place):
+    text = place.format(hedge.format(a=a, b=b))
+    assert not answer_oracle(problem(str(a)), text) and not answer_oracle(problem(str(b)), text), text
+
+
+@settings(max_examples=60, deadline=None)
+@given(WHOLE)
+def test_a_bound_or_another_quantity_is_not_its_number(a):
+    accepted = [t for bound in BOUNDS for place in PLACES if answer_oracle(problem(str(a)), t := place.format(bound.format(a=a)))]
+    assert not accepted
+
+
+@settings(max_examples=60, deadline=None)
+@given(WHOLE)
+def test_what_real_replies_say_around_a_number_leaves_it(a):
+    texts = [place.format(form.format(a=a)) for form in SAME for place in STATES]
+    assert not [t for t in texts if not answer_oracle(problem(str(a)), t)]
+    assert not [t for t in texts if any(answer_oracle(problem(str(n)), t) for n in (a + 1, a * 10, -a))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(WHOLE)
+def test_words_of_quantity_are_read(a):
+    for key, form in ((100 * a, '{} hundred'), (1000 * a, '{} thousand coins'), (10**6 * a, '${} million'), (10**5 * a, '{} hundred thousand'), (f'{a}.5', '{} and a half'), (f'{a}.25', '{} and 1/4'), (-a, 'minus {}'), (-a, 'negative {}'), (-a, '- {}'), (-a, '\u2013{}')):
+        for place in PLACES: assert answer_oracle(problem(str(key)), place.format(form.format(a))), (key, form, place)
+    assert answer_oracle(problem(str(-a)), rf'\boxed{{-\frac{{{a}}}{{1}}}}') and not answer_oracle(problem(str(a)), rf'\boxed{{-\frac{{{a}}}{{1}}}}')
+
+
+@pytest.mark.parametrize('text, stated', [
+    ('Final answer: 18. That took 3 steps.', '18'), ('**Final Answer**: 18 apples\nDone in 3.', '18 apples'), ('Answer: 18. That took 3 steps.', '18'), ('**Answer:** $x^2$. Done', '** $x^2$'), ('Answer: 18 or 19. Hm', '18 or 19'), ('The answer is 3.\nFinal answer: 4', '4'),
+    ('Answer: She has 18. She eats 3, so 15', None), ('Answer: 9 + 9 = 18. Less 3 is 15', None), ('Question: 2 + 2? Answer: Let us see', None), ('the answers: 3', None), ('Answer: 4' + ' more' * 50 + ' 5', None)])
+def test_answers_after_a_colon(text, stated): assert o.stated_answer(text) == stated
 
 
 DRESSES = ['{}', '${}', '{} apples', 'x = {}', '{}.', '**{}**', '${}$', r'\({}\)', r'{}\text{{ cm}}^2', '{} km/h', r'\text{{{}}}', '{}.00', r'\$ {}', 'it is {}', '{}m']
@@ -134,12 +201,12 @@ EQUAL = [('x^2+2x+1', '(x+1)^2'), ('(x+1)**2', 'x^2+2*x+1'), ('x=5', '5'), ('5',
          ('sin(x)^2+cos(x)^2', '1'), ('2^{10}', '1024'), ('1/-2', '-0.5'), ('14', '2*(3+4)'), (r'\frac{1}{\sqrt2}', r'\frac{\sqrt{2}}{2}'), ('3628800', '10!'), (r'\log_2 8', '3'), ('1,2', '2, 1'), ('1,2', '(1,2)'), ('a + 1', '1 + a'), ('a + b', 'b + a'),
          (r'x \in [1,2)', '[1,2)'), ('\u221a2', r'\sqrt{2}'), ('sqrt(2)', r'\sqrt 2'), ('x\u00b2+1', 'x^2+1'), ('pi', r'\pi'), (r'2\pi', '2pi'), ('3x', '3 x'), (r'\pm 2', r'\{2,-2\}'), (r'3\pi', r'3\pi \text{ cm}^2'),
          ('y=2x+1', '2x+1'), ('f(x)=x+1', 'x+1'), (r'\text{Tuesday}', '**tuesday**.'), ('7', '3+4=7'), (r'\left(\frac{1}{2},3\right)', '(0.5, 3)'), ('2x+3y=5', '4x+6y=10'), ('12:30', '12:30'), ('A', 'a'),
-         (r'\begin{pmatrix}1\\2\end{pmatrix}', r'\begin{pmatrix} 1 \\ 2 \end{pmatrix}'), (r'2\sqrt{3}', r'\sqrt{12}'), (r'\infty', 'infty'), ('90', r'90^\circ'), ('x^2+2x+1', 'x^2+2x+1}')]
+         (r'\begin{pmatrix}1\\2\end{pmatrix}', r'\begin{pmatrix} 1 \\ 2 \end{pmatrix}'), (r'2\sqrt{3}', r'\sqrt{12}'), (r'\infty', 'infty'), ('90', r'90^\circ'), ('-1/2', r'-\frac{1}{2}'), ('-3', '- 3'), (r'3\pi', r'\text{Area} = 3\pi'), ('18 to 20', '18 to 20'), ('x=1, y=2', 'x = 1, y = 2'), ('x^2+2x+1', 'x^2+2x+1}')]
 DIFFERENT = [(r'\{1,2\}', '(1,2)'), ('(1,2)', '(2,1)'), ('(1,2)', '2,1'), ('[1,2]', '(1,2)'), ('[1,2]', '[1,2)'), ('3', r'3\pi'), (r'3\pi', '3'), ('3', r'\boxed{3\sqrt{2}}'), (r'\sqrt{2}', '1.414214'), (r'\sqrt{2}', '2'),
              ('x>2', 'x<2'), ('x>2', r'x \ge 2'), ('x+1', 'y+1'), ('x^2', '2^x'), ('x^{2}', 'x^{3}'), ('cat', 'act'), ('east', 'seat'), ('3x + cat', '3x + act'), ('1', 'x+1'), ('x+1', '1'), ('y=2x+1', 'y=2x+2'), ('5', 'x+3=5'), ('x=5', 'y=5'),
              ('x=5', 'x=6'), ('12', '12_3'), ('10', '1010_2'), ('x-1', '1-x'), ('2-i', '2+i'), ('2', r'\pm 2'), ('3:4', '4:3'), ('12:30', '12:45'), ('3', '3x'), ('3x', '3'), ('a + 1', '1'), ('1', 'a + 1'), ('2.5', r'2.5 \times 10^3'), ('1', '(1,2)'),
              ('1', '1,2'), ('1,2', '1,2,3'), ('5', '5!'), ('1', '1 - 2'), ('3', '3 + 4'), ('x^2+2x+1', 'x^2+2x+2'), (r'\infty', r'-\infty'), ('2', '2/3'), ('2^3', '2'), ('8', '2^2'), ('0', 'no solution'), ('no solution', '0'),
-             ('A', 'B'), ('A', ''), ('a', 'the'), ('2x+3y=5', '2x+3y=6'), ('5', TOWER + 'x')]
+             ('A', 'B'), ('A', ''), ('a', 'the'), ('2x+3y=5', '2x+3y=6'), ('1/2', r'-\frac{1}{2}'), (r'6\pi', r'2\pi \text{ or } 3'), (r'2\pi', r'\text{more than } 2\pi'), (r'2\pi', r'\text{not } 2\pi'), ('18 to 20', '18'), ('18 to 20', '18 to 21'), ('2', 'x=1, y=2'), ('x=1, y=2', '2'), ('5', TOWER + 'x')]
 
 
 @pytest.mark.parametrize('key, answer', EQUAL)
@@ -284,6 +351,17 @@ def test_the_key_of_a_choice():
     with pytest.raises(ValueError, match='no list `choices`'): answer_oracle({**row, 'meta': {}}, 'B')
 
 
+@pytest.mark.parametrize('change, says', [
+    (dict(answer=''), "'q7' has no answer"), (dict(answer=None), "'q7'.* answer is None, not text"), (dict(question=['a']), "'q7'.* question is .'a'., not text"),
+    (dict(kind='fact', answer=' '), "'q7' has no answer"), (dict(kind='mcq'), "'q7'.*no list `choices`"), (dict(kind='mcq', meta=dict(choices=CHOICES, label=9)), "'q7'.*label 9"),
+    (dict(kind='mcq', meta=dict(choices=CHOICES, label='B')), "'q7'.*label 'B'"), (dict(kind='code'), "'q7'.*no text `tests`"), (dict(meta='{}'), "'q7'.*meta is '{}', not a dict")])
+def test_a_question_that_no_reply_could_answer_is_named(change, says):
+    row = dict(id='q7', kind='problem', question='1 + 1?', answer='2', meta={})
+    for good in (row, row | dict(kind='unknown', answer=''), row | dict(kind='mcq', meta=dict(choices=CHOICES, label=0)), row | dict(kind='code', answer='', meta=dict(tests='assert True'))): o.check_question(good)
+    with pytest.raises(ValueError, match=says): o.check_question(row | change)
+    with pytest.raises(ValueError, match="None lacks id, answer"): o.check_question({k: row[k] for k in ('kind', 'question', 'meta')})
+
+
 def test_kinds():
     assert answer_oracle(problem('1,000'), 'The answer is $1000.00.') and not answer_oracle(problem('1000'), 'The answer is 1001.')
     assert not answer_oracle(problem('4'), '')
@@ -406,6 +484,75 @@ def test_an_interrupt_is_no_failure_of_the_oracle():
 def test_the_oracle_sees_the_completion_and_its_question():
     seen = []
     assert grade(lambda q, t: seen.append((q['id'], t)) or True, [dict(id=1), dict(id=2)], ['a', 'b'])[1] == 0 and seen == [(1, 'a'), (2, 'b')]
+
+
+class Batched:
+    "An oracle with a batched form, which says yes to 'a'."
+    def __init__(self, many): self.batched, self.asked = many, []
+    def __call__(self, question, text):
+        self.asked.append(text)
+        if text == 'bad': raise KeyError(text)
+        return text == 'a'
+    def many(self, questions, texts): return self.batched(self, questions, texts)
+
+
+def each(self, questions, texts): return [t == 'a' for t in texts]
+def raises(self, questions, texts): return [self(q, t) for q, t in zip(questions, texts)]
+def exits(self, questions, texts): raise SystemExit(1)
+def hangs(self, questions, texts): time.sleep(60)
+def breaks_off(self, questions, texts):
+    yield True
+    raise RuntimeError('the line is dead')
+
+
+def test_a_batch_is_one_call():
+    oracle = Batched(lambda self, questions, texts: np.array(each(self, questions, texts)))
+    assert grade(oracle, [{}] * 3, ['a', 'b', 'a']) == ([True, False, True], 0) and not oracle.asked and grade(oracle, [], []) == ([], 0)
+    taken = Batched(lambda self, questions, texts: [texts.pop(0) == 'a' for _ in list(texts)])
+    assert grade(taken, [{}] * 3, texts := ['a', 'b', 'a']) == ([True, False, True], 0) and len(texts) == 3
+    with pytest.raises(ValueError): grade(oracle, [{}], [])
+
+
+@pytest.mark.parametrize('many', [raises, exits, hangs, breaks_off, lambda *_: None, lambda *_: 3])
+def test_a_batch_that_fails_costs_only_the_rollouts_concerned(many):
+    oracle, counts = Batched(many), Counter()
+    with pytest.warns(RuntimeWarning) as caught:
+        for _ in range(2): assert grade(oracle, [dict(id='q')] * 4, ['a', 'bad', 'b', 'a'], timeout_s=.02, counts=counts) == ([True, False, False, True], 1)
+    assert counts == dict(oracle_batch=2, oracle_raised=2) and oracle.asked[-4:] == ['a', 'bad', 'b', 'a']
+    first, second = (str(w.message) for w in caught)
+    assert "`many` of the oracle 'Batched' failed on 4 completions: " in first and 'one by one' in first and "'Batched' failed on question 'q': KeyError: 'bad'" in second and {w.filename for w in caught} == {__file__}
+
+
+def test_a_batch_that_fails_in_a_thread_too():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for many in (raises, lambda *_: threading.Event().wait(2)): assert ThreadPoolExecutor(1).submit(grade, Batched(many), [{}] * 2, ['a', 'bad'], .02).result() == ([True, False], 1)
+
+
+@pytest.mark.parametrize('many, kind, what', [(exits, 'raised', 'SystemExit: 1'), (hangs, 'hung', 'no verdict within'), (breaks_off, 'raised', 'the line is dead')])
+def test_a_batch_that_fails_and_cannot_be_asked_again_costs_all_its_rollouts(many, kind, what):
+    class Only: pass
+    Only.many, counts = Batched(many).many, Counter()
+    with pytest.warns(RuntimeWarning, match=f"'{Only.__qualname__}' failed on question 'q': .*{what}") as caught: assert grade(Only(), [dict(id='q')] * 3, ['a', 'b', 'a'], timeout_s=.02, counts=counts) == ([False] * 3, 3)
+    assert counts == {f'oracle_{kind}': 3} and len(caught) == 1
+
+
+@pytest.mark.parametrize('returned, says', [([], '0'), ([True], '1'), ((True, True), '2'), ([True] * 4, 'more than 3'), (itertools.repeat(True), 'more than 3'), ('', '0')])
+def test_a_batch_that_miscounts_costs_all_its_rollouts(returned, says):
+    oracle, counts = Batched(lambda *_: returned), Counter()
+    with pytest.warns(RuntimeWarning, match=f"'Batched' failed on question 'q': its `many` returned {says} verdicts for 3 completions"): assert grade(oracle, [dict(id='q')] * 3, ['a', 'b', 'a'], counts=counts) == ([False] * 3, 3)
+    assert counts == dict(oracle_nonsense=3) and not oracle.asked
+
+
+def test_single_verdicts_of_a_batch_are_read_like_any():
+    counts = Counter()
+    with pytest.warns(RuntimeWarning) as caught: assert grade(Batched(lambda *_: [True, 'no', ValueError('x'), 0]), [{}] * 4, list('abcd'), counts=counts) == ([True, False, False, False], 2)
+    assert counts == dict(oracle_nonsense=1, oracle_raised=1) and len(caught) == 2
+
+
+def test_an_interrupt_ends_a_batch():
+    def interrupt(*_): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): grade(Batched(interrupt), [{}], ['a'])
 
 
 @linux

@@ -122,6 +122,16 @@ def test_a_plan_is_printed_with_its_sources(monkeypatch):
     (["phi4-14b", "--gpus", "6000"], "take 5760 GPUs, or another"),
     (["phi4-14b", "--gpus", "1920", "--mfu", "40"], "an MFU above 0 and at most 1"),
     (["small", "pretrain.lrr=1"], "pretrain.lrr: unknown key; did you mean lr?"),
+    (["toy", "--peak-tflops", "0"], "peak_tflops 0: give a number above 0"),
+    (["toy", "--peak-tflops", "inf"], "peak_tflops inf: give a number above 0"),
+    (["toy", "--gpu", "X", "--peak-tflops", "-5", "--memory-gb", "80"], "peak_tflops -5: give a number above 0"),
+    (["toy", "--memory-gb", "-3"], "memory_gb -3: give a number above 0"),
+    (["toy", "--node", "0"], "node 0: give a number above 0"),
+    (["toy", "--network-gbits", "nan"], "network_gbits nan: give a number above 0"),
+    (["toy", "--price", "-1"], "price -1: give dollars a GPU hour"),
+    (["toy", "--price", "nan"], "price nan: give dollars a GPU hour"),
+    (["toy", "--gradient-bytes", "3"], "gradient_bytes 3: give 4 for float32, or 2 for bf16"),
+    (["toy", "--moment-bytes", "8"], "moment_bytes 8: give 4 for float32, or 2 for bf16"),
 ])
 def test_mistakes_are_one_line_and_status_2(monkeypatch, args, message):
     code, out, err = said(monkeypatch, *args)

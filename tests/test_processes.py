@@ -16,14 +16,18 @@ from safetensors.torch import load_file
 from phi4_ref.config import CONFIGS
 from phi4_ref.synth.llm import ReplyStore
 from phi4_ref.train.loop import computes_bf16
+from phi4_ref.train.zero import asks_for_zero
 
 DRIVER = Path(__file__).parent/'processes_driver.py'
 SHIPPED = CONFIGS/'accelerate'
-LAUNCHES = ['ddp', 'fsdp2', 'fsdp2_zero2']
+LAUNCHES = ['ddp', 'deepspeed', 'fsdp2', 'fsdp2_zero2']
+needs_deepspeed = pytest.mark.skipif(find_spec('deepspeed') is None, reason='deepspeed is not installed: pip install phi4_ref[deepspeed]')
+
+def kinds(*cases): return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=needs_deepspeed if 'deepspeed' in case else ()) for case in cases]
 
 def launch(kind, what, out, ok=True, processes=2, more=(), **variables):
     "The driver under `accelerate launch` with a shipped configuration, or alone."
-    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', **variables)
+    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', DS_ACCELERATOR='cpu', **variables)
     accelerate = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/f'{kind}.yaml'), '--num_processes', str(processes), *more]
     done = subprocess.run([*(accelerate if kind else [sys.executable]), str(DRIVER), what, str(out)], env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
@@ -40,10 +44,10 @@ def assert_same(a, b, tolerance):
     assert a['weights'].keys() == b['weights'].keys()
     for k, v in a['weights'].items(): assert torch.allclose(v, b['weights'][k], atol=2e-5), k
 
-@pytest.mark.parametrize('kind', LAUNCHES)
+@pytest.mark.parametrize('kind', kinds(*LAUNCHES))
 def test_two_processes_are_one(one, kind, tmp_path):
     two = launch(kind, 'train_all', tmp_path)
-    assert not one['sharded'] and two['sharded'] == (kind != 'ddp')
+    assert not one['sharded'] and two['sharded'] == kind.startswith('fsdp2')
     assert_same(one, two, 1e-4)
 
 def test_a_process_makes_its_own_rows(one, tmp_path): assert_same(one, launch('ddp', 'train_parts', tmp_path), 1e-4)
@@ -55,7 +59,7 @@ def test_sharded_weights_travel_in_bf16(tmp_path):
     assert ('normed', 'torch.bfloat16') not in two['rows'][0]['seen'] and all(v.dtype == torch.float32 for v in two['weights'].values())
     assert np.allclose([r['loss'] for r in alone['rows']], [r['loss'] for r in two['rows']], rtol=3e-3)
 
-@pytest.mark.parametrize('first, then', [('fsdp2', 'fsdp2'), ('ddp', 'ddp'), ('fsdp2', None), (None, 'fsdp2')])
+@pytest.mark.parametrize('first, then', kinds(('fsdp2', 'fsdp2'), ('ddp', 'ddp'), ('fsdp2', None), (None, 'fsdp2'), ('deepspeed', 'deepspeed'), ('deepspeed', None), ('fsdp2', 'deepspeed')))
 def test_stopped_and_continued(one, first, then, tmp_path):
     launch(first, 'train_part', tmp_path)
     assert len(list(tmp_path.glob('stopped_*'))) == (2 if first else 1) and (tmp_path/'checkpoints'/'step_00000002'/'state.json').exists()
@@ -67,15 +71,17 @@ def test_stopped_and_continued(one, first, then, tmp_path):
         assert all(torch.equal(v, whole['weights'][k]) for k, v in again['weights'].items()) and [r['loss'] for r in again['rows']] == [r['loss'] for r in whole['rows']]
     assert_same(one, again, 1e-4)
 
-def test_killed_while_the_shards_are_written(one, tmp_path):
-    launch('fsdp2', 'die_while_saving', tmp_path, ok=False)
+@pytest.mark.parametrize('kind', kinds('fsdp2', 'deepspeed'))
+def test_killed_while_the_shards_are_written(one, kind, tmp_path):
+    launch(kind, 'die_while_saving', tmp_path, ok=False)
     assert sorted(p.name for p in (tmp_path/'checkpoints').iterdir()) == ['step_00000002', 'tmp_step_00000004']
-    assert_same(one, launch('fsdp2', 'train_all', tmp_path), 1e-4)
+    assert_same(one, launch(kind, 'train_all', tmp_path), 1e-4)
     assert sorted(p.name for p in (tmp_path/'checkpoints').iterdir()) == ['step_00000004', 'step_00000006']
 
-def test_a_sharded_stage_ends_in_hugging_face_layout(one, tmp_path):
+@pytest.mark.parametrize('kind', kinds('fsdp2', 'deepspeed'))
+def test_a_sharded_stage_ends_in_hugging_face_layout(one, kind, tmp_path):
     from phi4_ref.model.pretrained import from_pretrained
-    launch('fsdp2', 'stage', tmp_path)
+    launch(kind, 'stage', tmp_path)
     assert not (tmp_path/'checkpoints').exists()
     weights = from_pretrained(tmp_path).state_dict()
     assert all(torch.allclose(v, weights[k], atol=2e-5) for k, v in one['weights'].items())
@@ -107,6 +113,28 @@ def test_a_model_of_transformers_is_sharded(kind, tmp_path):
     assert a.keys() == b.keys() and any(two['weights'][k].equal(v) for k, v in b.items() if k in two['weights']) == (kind == 'llama')
     for k in a: assert torch.allclose(a[k], b[k], atol=2e-5), k
 
+# ---- DeepSpeed
+
+@needs_deepspeed
+def test_zero_1_skips_what_one_process_skips_and_leaves_no_hooks(tmp_path):
+    "Whole gradients on every process, steps left out, and a second training in the same processes."
+    one = launch(None, 'train_twice', tmp_path/'one')
+    two = launch('deepspeed', 'train_twice', tmp_path/'two', more=['--zero_stage', '1'])
+    assert [r['skipped'] for r in one['rows']] == [r['skipped'] for r in two['rows']] and 0 < sum(r['skipped'] for r in one['rows']) < 6
+    assert_same(one, two, 1e-4)
+
+@needs_deepspeed
+@pytest.mark.parametrize('more, message', [(['--zero_stage', '3'], 'fsdp2.yaml, which does the same'), (['--offload_optimizer_device', 'cpu'], "offload_optimizer to 'cpu'"), (['--mixed_precision', 'bf16'], "own bf16 engine")])
+def test_what_deepspeed_is_not_asked_for_is_refused_at_once(more, message, tmp_path):
+    said = launch('deepspeed', 'train_all', tmp_path, ok=False, more=more)
+    assert "ValueError: launched with DeepSpeed's" in said and message in said and not (tmp_path/'log.jsonl').exists()
+
+def test_deepspeed_that_is_not_installed_is_said(monkeypatch):
+    assert not asks_for_zero()
+    monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
+    monkeypatch.setitem(sys.modules, 'deepspeed', None)
+    with pytest.raises(ValueError, match=r'pip install phi4_ref\[deepspeed\]'): asks_for_zero()
+
 # ---- compiled
 
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')) is None, reason='torch.compile needs a C++ compiler')
@@ -135,8 +163,9 @@ def test_without_a_compiler_a_compiled_run_is_refused_at_once(tmp_path):
     said = launch('ddp', 'train_all', tmp_path, ok=False, processes=1, more=['--dynamo_backend', 'inductor'], CXX='no-such-compiler')
     assert 'ValueError: launched with dynamo backend inductor' in said and 'no-such-compiler' in said and not (tmp_path/'log.jsonl').exists()
 
-def test_a_bad_row_is_named_by_every_process(tmp_path):
-    launch('fsdp2', 'poisoned', tmp_path)
+@pytest.mark.parametrize('kind', kinds('fsdp2', 'deepspeed'))
+def test_a_bad_row_is_named_by_every_process(kind, tmp_path):
+    launch(kind, 'poisoned', tmp_path)
     said = [(tmp_path/f'error_{rank}').read_text() for rank in range(2)]
     assert all('step 5: loss is nan' in s and 'from row 6.' in s for s in said), said
     assert (tmp_path/'checkpoints'/'step_00000004'/'state.json').exists()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from phi4_ref.model.generate import Completion
 from phi4_ref.model.transformer import ModelConfig, Transformer
 from phi4_ref.post import pts
+from phi4_ref.synth.llm import ReplyStore
 
 NUMBERS = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: ' '.join(map(str, ids)))
 
@@ -162,6 +163,46 @@ def counting(trees):
     return sampler, drawn
 
 
+def test_a_sampler_that_fails_within_a_call_loses_one_slice(tmp_path):
+    trees, bad = forest(8), set()
+    sampler, drawn = counting(trees)
+    def failing(prompts, seeds, max_total):
+        if bad & set(seeds): raise ConnectionError
+        return sampler(prompts, seeds, max_total)
+    failing.slice = 7
+    settings = dict(band=(0., 1.), segments='complete', confirm_samples=20)
+    whole, asked = run(trees, **settings), [[i] for i in trees for _ in range(10)]
+    kept = pts.stored(failing, tmp_path/'a.sqlite', 'trees')
+    bad.add(23)
+    with pytest.raises(ConnectionError): kept(asked, list(range(80)), 20)
+    assert len(ReplyStore(tmp_path/'a.sqlite')) == sum(drawn) == 21
+    bad.clear()
+    assert kept(asked, list(range(80)), 20) == pts.tree_sampler(trees)(asked, list(range(80)), 20) and sum(drawn) == 80 and max(drawn) == 7
+    assert kept(asked * 2, [*range(80)] * 2, 20)[:80] == kept(asked, list(range(80)), 20) and sum(drawn) == 80
+    assert run(trees, pts.stored(failing, tmp_path/'b.sqlite', 'trees'), **settings) == whole
+    engine = pts.model_sampler(None, (0,), batch_size=3)
+    assert engine.slice >= 2 * 3, 'slices as small as the batch would leave rows of it idle'
+
+
+@pytest.mark.parametrize('split', ['length', 'surprisal'])
+def test_how_segments_are_halved(split, monkeypatch):
+    used, plain = set(), pts.split_point
+    monkeypatch.setattr(pts, 'split_point', lambda logprobs, by='surprisal': used.add(by) or plain(logprobs, by))
+    trees = forest(60)
+    pairs, rows, counts = run(trees, n_samples=60, split=split)
+    assert used == {split} and counts['pairs'] > 10 and sum(p in t['pivots'] for t in rows for p in t['pivots']) >= counts['pairs']
+    at = {split: [p for t in run(trees, n_samples=60, split=split)[1] for p, *_ in t['estimates']] for split in ('length', 'surprisal')}
+    assert at['length'] != at['surprisal']
+
+
+def test_choices_that_are_none_are_refused_before_a_rollout():
+    def undrawn(*_): raise AssertionError('a rollout was drawn')
+    for wrong, said in ((dict(split='lenght'), "split='lenght'"), (dict(band=(.8, .2)), 'band='), (dict(band=(20, 80)), 'band='), (dict(fdr=5), 'fdr=5')):
+        with pytest.raises(ValueError, match=said): run(forest(2), undrawn, **wrong)
+    with pytest.raises(ValueError, match="split='lenght'"): pts.split_point([-1., -2.], 'lenght')
+    assert pts.split_point([-9., -1., -1., -1.], 'length') == 2 and pts.split_point([-9., -1., -1., -1.]) == 1
+
+
 def test_stored_rollouts_are_not_drawn_again_and_a_larger_search_adds_to_them(tmp_path):
     trees = forest(6)
     sampler, drawn = counting(trees)
@@ -211,10 +252,10 @@ def test_the_test_of_all_rollouts_counts_what_could_have_been_proposed_and_costs
     trees = forest(200, seed=3)
     settings = dict(n_samples=12, filter_samples=12, confirm_samples=40)
     proposed, (every, _, counts), (fresh, _, anew) = run(trees, n_samples=12, filter_samples=12)[2], run(trees, **settings), run(trees, **settings, fresh=True)
-    assert counts['candidates'] == anew['candidates'] == proposed['candidates'] < counts['eligible_tokens'], 'the test does not change what is proposed'
+    assert counts['candidates'] == anew['candidates'] == proposed['candidates'] < counts['tested_tokens'], 'the test does not change what is proposed'
     assert counts['confirming_tokens'] < .8 * anew['confirming_tokens'] and len(every) >= .9 * len(fresh)
     p = [r['meta']['p_value'] for r in every]
-    assert max(p) * counts['eligible_tokens'] / len(p) == pytest.approx(max(r['meta']['q_value'] for r in every)), 'Benjamini-Hochberg over all eligible tokens'
+    assert max(p) * counts['tested_tokens'] / len(p) == pytest.approx(max(r['meta']['q_value'] for r in every)), 'Benjamini-Hochberg over all tested tokens'
     last = max(fresh, key=lambda r: r['meta']['p_value'])['meta']
     assert last['p_value'] * anew['candidates'] / len(fresh) == pytest.approx(last['q_value']), 'and over the candidates alone where the rollouts are fresh'
     for r in every: assert r['meta']['n_own'] + r['meta']['n_others'] >= 12 and r['meta']['kind'] == 'tree'
@@ -299,9 +340,11 @@ def test_every_prefix_has_the_same_horizon_and_a_cut_off_rollout_fails():
 
 def test_a_raising_oracle_is_counted():
     trees = forest(3)
-    def oracle(question, text): raise RuntimeError
-    _, rows, counts = pts.search([dict(id='a')] * 3, [[i] for i in trees], pts.tree_sampler(trees), NUMBERS, oracle, max_total=20)
-    assert rows == [] and counts['oracle_errors'] == counts['rollouts'] == 3 * pts.FIRST
+    def oracle(question, text):
+        if question['id'] == 'c': return False
+        raise RuntimeError
+    with pytest.warns(RuntimeWarning): _, rows, counts = pts.search([dict(id=i) for i in 'abc'], [[i] for i in trees], pts.tree_sampler(trees), NUMBERS, oracle, max_total=20)
+    assert rows == [] and counts['oracle_errors'] == 2 * pts.FIRST and counts['rollouts'] == 3 * pts.FIRST
 
 
 def test_on_a_transformer(tmp_path):
@@ -335,3 +378,30 @@ def test_trace_and_figure():
     figure.canvas.draw()
     text = figure.axes[0]
     assert len(text.patches) == 3 and [p.get_edgecolor()[3] for p in text.patches] == [1, 1, 0] and len(text.lines) == 1
+
+
+@pytest.mark.parametrize('change, says', [(dict(p_gap=0.), 'p_gap=0.0 must be in'), (dict(p_gap=1.), 'p_gap=1.0'), (dict(p_gap=20), 'p_gap=20'), (dict(band=(.8, .2)), 'band='), (dict(band=(20, 80)), 'band='), (dict(n_samples=0), 'n_samples=0'),
+    (dict(filter_samples=0), 'filter_samples=0'), (dict(trajectories=0), 'trajectories=0'), (dict(chunk_size=0), 'chunk_size=0'), (dict(confirm_samples=-1), 'confirm_samples=-1'), (dict(split='middle'), "split='middle'"), (dict(fdr=5), 'fdr=5'),
+    (dict(max_total=None), 'max_total=None')])
+def test_settings_that_cannot_be_are_refused_before_a_rollout(change, says):
+    def undrawn(*_): raise AssertionError('a rollout was drawn')
+    with pytest.raises(ValueError, match=says): run(forest(2), undrawn, **change)
+
+
+def test_questions_that_cannot_be_searched_are_named_before_a_rollout():
+    def undrawn(*_): raise AssertionError('a rollout was drawn')
+    row = lambda i, **more: dict(id=i, kind='problem', question='1 + 1?', answer='2', meta={}) | more
+    go = lambda rows, prompts, **kw: pts.search(rows, prompts, undrawn, NUMBERS, max_total=20, **kw)
+    with pytest.raises(ValueError, match="2 questions have the id 'a'"): go([row('a'), row('b'), row('a')], [[1]] * 3, oracle=ends_in_1)
+    with pytest.raises(ValueError, match='question 1 has no id'): go([row('a'), dict(kind='problem')], [[1]] * 2, oracle=ends_in_1)
+    with pytest.raises(ValueError, match="the prompt of 'b' has no tokens"): go([row('a'), row('b')], [[1], []])
+    with pytest.raises(ValueError, match='2 questions and 1 prompts'): go([row('a'), row('b')], [[1]])
+    with pytest.raises(ValueError, match="question 'b' has no answer"): go([row('a'), row('b', answer='')], [[1]] * 2)
+
+
+def test_an_oracle_that_never_answers_ends_the_search():
+    def broken(question, text): raise RuntimeError('no sandbox here')
+    trees = forest(4)
+    rows = [dict(id=f'q{i}', kind='tree') for i in trees]
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match='broken.* failed on all 24 completions'):
+        pts.search(rows, [[i] for i in trees], pts.tree_sampler(trees), NUMBERS, broken, max_total=20)

@@ -33,7 +33,7 @@ def confirmed(trees_and_found, confirm_samples=80, margin=0., seed=0, fresh=True
     def sampler(prompts, seeds, max_total):
         drawn.extend(zip(map(tuple, prompts), seeds))
         return pts.tree_sampler(tree)(prompts, seeds, max_total)
-    return pts.confirm(list(found), pts.Sampling(sampler, NUMBERS, ends_in_1, 20, seed), confirm_samples, margin, fresh=fresh, **how), drawn
+    return pts.confirm(list(found), pts.Sampling(sampler, NUMBERS, ends_in_1, 20, seed), confirm_samples, margin, **dict(p_gap=margin) | how, fresh=fresh), drawn
 
 
 def test_what_is_sure_and_what_is_hopeless_is_drawn_no_further():
@@ -107,9 +107,9 @@ def test_a_pivot_on_several_trajectories_is_one_pair():
     assert len({(*r['prompt_ids'], *r['chosen_ids'], None, *r['rejected_ids']) for r in pairs}) == len(pairs) == counts['candidates'] < counts['pivots'] / 2
 
 
-def test_the_margin_is_the_one_given_or_a_third_of_the_gap():
+def test_the_margin_is_the_one_given_or_half_of_the_gap():
     def of(**kw): return {round(r['meta']['margin'], 9) for r in search(forest(12), confirm_samples=8, fdr=1., **kw)[0]}
-    assert of(p_gap=.3) == {.1} and of(p_gap=.3, margin=.04) == {.04} and of(margin=0.) == {0}
+    assert of(p_gap=.3) == {.15} and of(p_gap=.3, margin=.04) == {.04} and of(margin=0.) == {0}
     for bad in (1., -.01):
         with pytest.raises(ValueError, match='margin=.* must be in'): search(forest(2), margin=bad)
 
@@ -124,15 +124,36 @@ def test_confirmation_costs_what_the_counts_say_and_chance_passes_next_to_nothin
 
 
 @pytest.mark.parametrize('fresh', [False, True])
-def test_sure_is_half_of_what_the_false_discovery_rate_would_ask(fresh):
+def test_sure_is_two_thirds_of_what_the_false_discovery_rate_would_ask(fresh):
     "A candidate is drawn to the end unless it is sure or hopeless; a search that must be surer draws more."
     trees = forest(60)
     asked = [search(trees, confirm_samples=40, fdr=fdr, fresh=fresh)[2]['confirming_tokens'] for fdr in (1e-9, .05, 1.)]
     assert asked[0] > asked[1] > asked[2]
     pairs, _, counts = search(forest(300), confirm_samples=40, fdr=.5, fresh=fresh, chunk_size=300)
-    sure = .25 if fresh else .25 * counts['candidates'] / counts['eligible_tokens']
+    sure = (1 if fresh else counts['candidates'] / counts['tested_tokens']) / 3
     stopped = [r['meta'] for r in pairs if r['meta']['n_own'] + r['meta']['n_others'] < (40 if fresh else 60)]
-    assert len(stopped) > 10 and all(m['p_value'] <= sure or math.copysign(m['change'], m['change'] * m['prob_delta']) < m['margin'] for m in stopped)
+    assert len(stopped) > 10 and all(m['p_value'] <= sure or math.copysign(m['change'], m['change'] * m['prob_delta']) < .2 for m in stopped)
+
+
+def test_what_comes_out_below_the_gap_in_the_end_does_not_pass():
+    "A change of 0.15 is surely above a margin of 0.05, and below a p_gap of 0.2."
+    (v, w), _ = confirmed([candidate(.5, .65, .35), candidate(.5, .95, .05)], 800, margin=.05, p_gap=.2, sure=0.)
+    assert v['p_value'] == 1 and .05 < v['change'] < .2 and w['p_value'] < 1e-6 and w['change'] > .4
+    assert v['n_own'] + v['n_others'] < w['n_own'] + w['n_others'], 'and is drawn no further'
+    (v,), _ = confirmed([candidate(.5, .65, .35)], 800, margin=.05, p_gap=.1, sure=0.)
+    assert v['p_value'] < .01
+    pairs = search(forest(200), confirm_samples=40)[0]
+    assert len(pairs) > 20 and all(abs(r['meta']['change']) >= .2 and (r['meta']['change'] > 0) == r['meta']['is_positive'] for r in pairs)
+
+
+def test_small_p_values_stay_rare_where_the_filter_lets_in_what_was_lucky():
+    "The worst that is known: the true change is just the margin, and the question gets into the band when the token did well."
+    trees = {100 + i: (1., {10: (.5, coin(.2)), 11: (.5, coin(0.))}) for i in range(2000)}
+    sampling = pts.Sampling(pts.tree_sampler(trees), NUMBERS, ends_in_1, 20, 0)
+    _, verdicts, _, counts = pts.search_chunk([dict(id=f'q{i}') for i in trees], [[i] for i in trees], sampling, 12, 16, 1, .2, (.2, .8), 1, 'surprisal', 28, .1, .05, False)
+    small, kept, n = sum(v['p_value'] <= .01 for v in verdicts), counts['eligible_tokens'], pts.tested_tokens(counts)
+    assert n == round(kept * 2000 / counts['in_band']) > 1000
+    assert small <= .01 * n + 3 * (.01 * n) ** .5 and small > .01 * kept + 3 * (.01 * kept) ** .5, 'among the kept questions alone they are not rare'
 
 
 def verdict(n, own, others, p, side=1): return dict(n_own=n, k_own=own, n_others=n, k_others=others, side=side, share=.5, margin=.05, looks=3, p_value=p)

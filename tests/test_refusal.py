@@ -36,6 +36,15 @@ def test_what_is_known_is_measured():
     assert [r['p_right'] for r in data()[0]] == [1., .5, 0.]
 
 
+def test_what_cannot_be_measured_is_named_before_a_model_is_asked():
+    class Unasked:
+        def chat(self, *_, **__): raise AssertionError('a model was asked')
+    with pytest.raises(ValueError, match='k=0'): refusal.sample_knowledge(QUESTIONS, Unasked(), 0)
+    for call in (lambda q: refusal.sample_knowledge(q, Unasked()), lambda q: refusal.write_texts(q, Unasked())):
+        with pytest.raises(ValueError, match="question 'q1' has no answer"): call([QUESTIONS[0], QUESTIONS[1] | dict(answer='')])
+        with pytest.raises(ValueError, match="2 questions have the id 'q0'"): call([QUESTIONS[0]] * 2)
+
+
 def test_sft_answers_what_is_usually_known_and_refuses_the_rest():
     known, texts, counts = data()
     rows = refusal.refusal_sft(known, texts)

@@ -10,7 +10,7 @@ from phi4_ref.eval.claims import MARGIN, change, claims, guess_level, learns, le
 from phi4_ref.eval.harness import EVAL_ITEM
 from phi4_ref.eval.report import CHECKPOINTS, STAGES, course, outcome_shares, read_log, showcase, smooth, table, write_report
 from phi4_ref.eval.stats import Interval
-from phi4_ref.records import PREFERENCE, load, save, save_json
+from phi4_ref.records import DOCUMENT, PREFERENCE, load, save, save_json
 
 GREEDY = {'arithmetic': (.5, .5, .5, .8, .6, .8), 'knowledge': (.6,) * 6, 'mcq': (.6,) * 6, 'code': (.4, .4, .6, .6, .6, .6), 'unknown': (.0, .0, .5, .7, .6, .9)}
 WARM = dict(sft=.4, dpo=.6, dpo_shuffled=.2, dpo_full=.4, stage2_only=.4, final=.6)
@@ -146,6 +146,15 @@ def test_missing_files_are_named(tmp_path, run):
     text = write_report(run).read_text()
     assert text.count('nothing to show here') == 1 and 'This run has no `judge/counts.json`' in text and '| sft | 40 |' in text and '| dpo | 40 |' not in text
     with pytest.raises(ValueError, match='no run directory'): write_report(tmp_path/'nowhere')
+
+
+def test_a_manifest_or_items_of_another_kind_are_named(run):
+    save_json(run/'sft/manifest.json', {})
+    with pytest.raises(ValueError, match='sft/manifest.json lacks seconds'): write_report(run)
+    (run/'report_file').write_text('')
+    with pytest.raises(ValueError, match='cannot make the directory .*report_file'): write_report(run, run/'report_file')
+    save(run/'eval/items.parquet', [dict(id='a', text='', source='', lang='', meta={})], DOCUMENT)
+    with pytest.raises(ValueError, match='items.parquet lacks the columns'): write_report(run)
 
 
 def test_broken_files_cost_their_section_only(run):

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from phi4_ref import artifact, cli
 from phi4_ref.artifact import StageRefused
@@ -22,7 +24,7 @@ import phi4_ref.run as run_module
 from phi4_ref.run import chosen, computed, open_checkpoint, run
 from phi4_ref.train import pretrain
 
-from tiny import TINY, phi4, start
+from tiny import ENV, TINY, phi4, start
 
 STAGES = ["collect", "curate", "synth", "pretrain", "midtrain", "sft_data", "sft", "pts", "dpo", "dpo_shuffled", "dpo_full", "judge", "stage2_only", "final", "eval", "report"]
 
@@ -292,7 +294,7 @@ def test_a_truncated_file_is_named(tiny_run, tmp_path, capsys, name):
     data = (folder/name).read_bytes()
     (folder/name).write_bytes(data[:len(data) // 2])
     said = complaint(lambda: run(cli.find_config(str(folder), []), "midtrain"), capsys)
-    assert said.startswith("phi4: ") and ("the tokenizer in" if "tokenizer" in name else name.split("/")[-1]) in said and name.split("/")[0] in said, said
+    assert said.startswith("phi4: ") and name.split("/")[-1] in said and name.split("/")[0] in said, said
     assert not (folder/"midtrain").exists()
 
 
@@ -338,3 +340,200 @@ def test_a_limit_on_file_size_is_named_like_a_full_disk(tiny_run, tmp_path):
 def test_training_that_diverges_is_one_message(tiny_run, tmp_path):
     folder = begun(tiny_run, tmp_path/"run", "synth")
     assert "loss" in complaint_of(phi4("pretrain", folder, "pretrain.lr=1e30"))
+
+
+# --- told in the first second ---------------------------------------------------------------------------------------------
+
+AHEAD = {
+    "pretrain.tracker=abacus": "pretrain.tracker: tracker 'abacus' is not installed: choose",
+    "sft.tracker=abacus": "sft.tracker: tracker 'abacus' is not installed",
+    "pretrain.tokenizer=/nowhere": "pretrain.tokenizer: '/nowhere' is no directory with a tokenizer",
+    "model.vocab_size=100": "model.vocab_size 100 has no room for 256 bytes and the special tokens: give at least",
+    "synth.rewrites=0": "pretrain.fractions wants web_rewrite, and neither collect nor synth makes any",
+    "synth.vote_on=0": "pts will have no questions: raise synth.vote_on",
+}
+
+
+@pytest.mark.parametrize("change", AHEAD)
+def test_what_a_later_stage_would_stumble_over(tmp_path, change):
+    with pytest.raises(ValueError, match=f"^{AHEAD[change]}"): run(load_config("toy", [f"out={tmp_path/'run'}", *TINY, change]))
+    assert [p.name for p in (tmp_path/"run").iterdir()] == [".lock"]  # nothing was made, nor the configuration kept
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed, so nothing is refused")
+def test_an_attention_that_is_missing_is_told_ahead(tmp_path):
+    with pytest.raises(ValueError, match="flash-attn"): run(load_config("toy", [f"out={tmp_path/'run'}", *TINY, "compute.attention=flash"]))
+    assert not (tmp_path/"run"/"collect").exists()
+
+
+def test_a_missing_compiler_is_told_ahead(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("CXX", "clang++-99")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="there is no clang"): run(load_config("toy", [f"out={tmp_path/'run'}", *TINY]))
+
+
+def test_what_is_done_is_not_asked_for_again(tiny_run, tmp_path):
+    "A tracker, a library or a tokenizer that has served its turn may be gone."
+    folder = begun(tiny_run, tmp_path/"run", "final")
+    run(config_of(folder, "pretrain.tracker=abacus"), "eval")
+    run(config_of(folder, "pretrain.tracker=abacus"), "pretrain")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
+    "Its client alone tries again for most of a minute."
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with pytest.raises(ValueError, match="pretrain.tokenizer: 'nobody/nothing' is no directory with a tokenizer, nor can it be had from the hub"): run(load_config("toy", [f"out={tmp_path/'run'}", *TINY, "pretrain.tokenizer=nobody/nothing"]))
+    assert not waits
+
+
+def test_a_tokenizer_that_does_not_fit_the_model(tiny_run, tmp_path):
+    for change, said in (("model.vocab_size=300", "has 512 tokens, and model.vocab_size 300 has no room for them"), ("model.vocab_size=512", None)):
+        config = load_config("toy", [f"out={tmp_path/'run'}", *TINY, f"pretrain.tokenizer={tiny_run/'pretrain'}", change])
+        if said is None: run_module.check_ahead(config, chosen(config, "run"), False)
+        else:
+            with pytest.raises(ValueError, match=said): run(config)
+
+
+def test_data_sets_are_opened_before_any_is_read(tmp_path):
+    (tmp_path/"web.jsonl").write_text('{"text": "a page"}\n')
+    (tmp_path/"none.jsonl").write_text("")
+    (tmp_path/"asked.jsonl").write_text('{"question": "1 + 1?"}\n')
+    web, source = f"web: {{path: {tmp_path}/web.jsonl}}", lambda text: load_config("small", [f"out={tmp_path/'run'}", f"collect={{kind: files, {text}}}"])
+    for text, said in ((f"documents: {{{web}, code: {{path: {tmp_path}/no.jsonl}}}}", "collect.documents.code: no file matches"),
+                       (f"documents: {{{web}}}, questions: {{path: {tmp_path}/none.jsonl}}", "collect.questions: .*none.jsonl"),
+                       (f"documents: {{{web}}}, trivia: {{path: {tmp_path}/asked.jsonl, text: question}}", "collect.trivia: .*asked.jsonl has no column 'answer'; it has question"),
+                       (f"documents: {{{web}}}, conversations: {{path: {tmp_path}/asked.jsonl}}", "collect.conversations: .*asked.jsonl has no column 'messages'"),
+                       (f"documents: {{{web}}}, benchmarks: {{mine: {{path: {tmp_path}/asked.jsonl}}}}", "collect.benchmarks.mine: .*asked.jsonl has no column 'text'")):
+        with pytest.raises(ValueError, match=said): run(source(text))
+    assert not (tmp_path/"run"/"collect.partial").exists()
+    with pytest.raises(ValueError, match="pretrain.fractions wants code, acquired, and neither"): run(source(f"documents: {{{web}}}"))
+
+
+def test_a_teacher_that_cannot_be_made(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for change, said in (("teacher={kind: openai, model: m}", "no API key"), ("teacher={kind: transformers, model: /nowhere}", "teacher.model: '/nowhere' is no directory with a model")):
+        with pytest.raises(ValueError, match=said): run(load_config("toy", [f"out={tmp_path/'run'}", *TINY, change]))
+    assert not (tmp_path/"run"/"collect").exists()
+
+
+# --- fields that do not enter the result ----------------------------------------------------------------------------------
+
+def test_a_stage_goes_on_with_another_micro_batch_and_tracker(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "synth")
+    process = start("pretrain", folder)
+    checkpoint = folder/"pretrain.partial"/"checkpoints"/"step_00000010"
+    try: wait_for(process, checkpoint.exists)
+    finally: process.kill(); process.communicate(timeout=60)
+    before = (folder/"pretrain.partial"/"log.jsonl").read_text().splitlines()[:10]
+    status, out, err = phi4("pretrain", folder, "pretrain.micro_batch_size=4", "pretrain.tracker=none", "pretrain.save_every=7")
+    assert status == 0, err
+    assert (folder/"pretrain"/"log.jsonl").read_text().splitlines()[:10] == before  # not trained again
+    one, other = (open_checkpoint(path/"pretrain")[0].state_dict() for path in (tiny_run, folder))
+    assert all(torch.allclose(one[k], other[k], atol=2e-2) for k in one)
+    run(config_of(folder, "pretrain.micro_batch_size=8"), "midtrain")  # nor is what was built on it
+
+
+# --- damaged or misused ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, verb", [("eval/items.parquet", "report"), ("sft/model.safetensors", "run"), ("final/tokenizer_config.json", "run")])
+def test_a_finished_run_with_a_damaged_file_is_not_called_done(tiny_run, tmp_path, name, verb):
+    folder = shutil.copytree(tiny_run, tmp_path/"run")
+    (folder/name).write_bytes((folder/name).read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{name} is 100 bytes long and was .* put it back, or delete .*{name.split('/')[0]} and run its stage again"): run(config_of(folder), verb)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_checkpoint_without_its_tokenizer(tiny_run, tmp_path, name):
+    folder = shutil.copytree(tiny_run/"final", tmp_path/"final")
+    (folder/name).unlink()
+    with pytest.raises(ValueError, match=f"the tokenizer in .*final lacks {name}"): open_checkpoint(folder)
+    (folder/name).write_text("{}")
+    with pytest.raises(ValueError, match="the tokenizer in .*final (cannot be read|names no bos_token)"): open_checkpoint(folder)
+
+
+def test_a_manifest_written_by_hand_is_one_line(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "curate")
+    (folder/"curate"/"manifest.json").write_text("{}")
+    for verb in ("run", "synth"):
+        with pytest.raises(ValueError, match="curate/manifest.json does not say how its stage was made"): run(config_of(folder), verb)
+
+
+def test_chats_that_are_all_too_long(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "sft_data")
+    with pytest.raises(ValueError, match="none of the .* chats fits in context=8 tokens, the shortest has"): run(config_of(folder, "sft.context=8"), "sft")
+
+
+def test_a_search_without_a_question_of_its_kinds(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "sft")
+    with pytest.raises(ValueError, match="no question of the kinds code among those of .*synth: widen pts.kinds"): run(config_of(folder, "pts.kinds=[code]"), "pts")
+
+
+# --- the command's own options --------------------------------------------------------------------------------------------
+
+OWN = ["pts", "--model", "m", "--data", "d.jsonl", "--out", "o"]
+
+
+@pytest.mark.parametrize("args, said", [
+    (["pts", "r", "--samples", "5"], "--samples and 'r' do not go together: .* a run takes settings"),
+    (["pts", "r", "--model", "m", "--p-gap", "0.2"], "--model, --p-gap and 'r' do not go together"),
+    ([*OWN, "pts.samples=5"], "--model, --data, --out and 'pts.samples=5' do not go together"),
+    ([*OWN, "--force"], "--force is for a run: .* to begin anew, delete o"),
+    ([*OWN, "--base-url", ""], "--base-url '' is no address: give http://HOST:PORT/v1, or leave it out"),
+    ([*OWN, "--base-url", "localhost:8000"], "--base-url 'localhost:8000' is no address"),
+    ([*OWN, "--served-name", "x"], "--served-name x is a name at an endpoint: give its --base-url"),
+    ([*OWN, "--segments", "all"], "--segments all: give a number above 0, or complete"),
+    ([*OWN, "--segments", "0"], "--segments 0: give a number above 0"),
+    ([*OWN, "--p-gap", "1"], "--p-gap 1: "),
+    ([*OWN[:-1], "file"], "--out file is a file: name a directory"),
+    (["chat", "nowhere"], "no directory nowhere: give a run directory, such as runs/toy"),
+    (["chat", "file"], "no directory file"),
+    (["chat", "empty"], "no model in empty: give a checkpoint directory"),
+    (["chat", "begun"], "no model in begun: finish the run with `phi4 run begun`"),
+])
+def test_options_that_make_nothing(tmp_path, monkeypatch, args, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    (tmp_path/"file").write_text("x")
+    for name in ("empty", "begun"): (tmp_path/name).mkdir()
+    (tmp_path/"begun"/"config.yaml").write_text("name: toy")
+    done = CliRunner().invoke(cli.app, args)
+    assert done.exit_code == 2 and re.match(f"phi4: {said}", done.stderr) and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_seeds_out_of_range_are_refused():
+    for verb in (["chat", "r"], OWN):
+        for seed in ("-1", str(2**31)):
+            done = CliRunner().invoke(cli.app, [*verb, "--seed", seed])
+            assert done.exit_code == 2 and "--seed" in done.stderr and not isinstance(done.exception, OverflowError)
+
+
+def test_a_directory_called_like_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"toy").mkdir()
+    assert cli.find_config("toy", []).name == "toy"
+    (tmp_path/"mine").mkdir()
+    with pytest.raises(ValueError, match="mine is not a run directory"): cli.find_config("mine", [])
+
+
+def test_chat_reads_what_is_no_utf8(tiny_run):
+    done = subprocess.run([sys.executable, "-m", "phi4_ref.cli", "chat", tiny_run], input=b"\xff\xfe hello\n", capture_output=True, env={**ENV, "PYTHONIOENCODING": "utf-8:surrogateescape"})
+    assert done.returncode == 0 and done.stdout, done.stderr
+    done = subprocess.run([sys.executable, "-m", "phi4_ref.cli", "chat", tiny_run], input=b"\xff\xfe hello\n", capture_output=True, env={**ENV, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 2 and done.stderr.startswith(b"phi4: the input is not UTF-8")
+
+
+def test_a_terminal_that_lacks_a_letter():
+    done = subprocess.run([sys.executable, "-m", "phi4_ref.cli", "plan", "toy"], capture_output=True, text=True, env={**ENV, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "phi-4 ?3" in done.stdout, done.stderr
+
+
+def test_a_reader_that_goes_away(tiny_run, tmp_path):
+    folder = begun(tiny_run, tmp_path/"run", "collect")
+    process = start("curate", folder)
+    process.stdout.close()
+    assert "nobody reads the output any more: what is finished is kept" in process.communicate(timeout=120)[1] and process.returncode == 141
+    assert phi4("curate", folder)[0] == 0

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from phi4_ref.model.generate import generate, logprobs
 from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.model.transformer import ModelConfig, Transformer
-from phi4_ref.post.pts import model_sampler, search
+from phi4_ref.post.pts import model_sampler, search, stored
 from phi4_ref.post.sampler import CompletionHandler, Lacking, completion_request, endpoint_sampler, read_completion, reported_tokens, serve
 
 TOKENIZER = train_tokenizer(["three and four make seven"] * 9, 300)
@@ -214,6 +214,15 @@ def test_every_setting_of_the_policy_is_sent_and_each_rollout_has_its_seed(fault
     for b in seen["bodies"]:
         assert (b["temperature"], b["top_p"], b["top_k"], b["min_p"], b["repetition_penalty"], b["presence_penalty"], b["frequency_penalty"]) == (1, 1, -1, 0, 1, 0, 0)
         assert b["model"] == "m" and len(b["prompt"]) + b["max_tokens"] == 9 and b["stop_token_ids"] == [2, 3] and b["return_token_ids"] is True
+
+
+def test_what_was_answered_before_the_server_failed_is_stored(faulty, tmp_path):
+    (broken, _), (mended, seen) = faulty([None] * 20, always=500), faulty()
+    prompts, seeds = [[1] * (1 + i % 3) for i in range(50)], list(range(50))
+    def through(url): return stored(endpoint_sampler("m", url, api_key="any", concurrency=4, retries=0), tmp_path/"r.sqlite", "m")
+    with pytest.raises(RuntimeError): through(broken)(prompts, seeds, 8)
+    found = through(mended)(prompts, seeds, 8)
+    assert [c.ids for c in found] == expected(prompts, seeds, 8) and len(seen["bodies"]) == 50 - 16, "two slices of eight were whole"
 
 
 def test_a_first_failure_stops_the_rest(faulty):

@@ -84,9 +84,18 @@ def test_a_shard_is_filled_to_its_limit(tmp_path, limit, documents):
     write_shards([dict(text='a', source='web')] * 6, TOKENIZER, tmp_path, shard_tokens=limit, workers=1)  # two tokens each
     assert [len(part) for part in load_shards(tmp_path)['web'].parts] == [documents] * (6 // documents)
 
-@pytest.mark.parametrize('row', [dict(source='web'), dict(text=None, source='web'), dict(text='x'), dict(text='x', source='../etc'), dict(text='x', source='')])
+@pytest.mark.parametrize('row', [dict(source='web'), dict(text=None, source='web'), dict(text='x'), dict(text='x', source='../etc'), dict(text='x', source=''), 'x', dict(text='a\ud800', source='web')])
 def test_what_is_no_document_is_refused_by_number(tmp_path, row):
     with pytest.raises(ValueError, match='row 1 is no document'): write_shards([ROWS[0], row], TOKENIZER, tmp_path, workers=1)
+    with pytest.raises(ValueError, match='row 1 is no document'): tokenize_documents([ROWS[0], row], TOKENIZER)
+
+
+def test_where_no_shards_can_be_is_named(tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(ValueError, match='cannot make the directory .*file'): write_shards(ROWS, TOKENIZER, tmp_path/'file')
+    for wrong in (dict(shard_tokens=0), dict(workers=0)):
+        with pytest.raises(ValueError, match=f'{next(iter(wrong))}=0'): write_shards(ROWS, TOKENIZER, tmp_path/'out', **wrong)
+
 
 @given(st.lists(st.tuples(st.sampled_from('abc'), st.text(max_size=9)), max_size=40), st.integers(1, 30))
 def test_chunks_keep_the_order_within_a_source(pairs, characters):

@@ -16,7 +16,7 @@ from phi4_ref.synth.fim import cut, exercise, fim, fim_text, grade
 from phi4_ref.synth.llm import derive_seed, occurrences, untag
 from phi4_ref.synth.revise import best, improve, revise, reviser
 from phi4_ref.synth.reverse import as_conversation, fidelity, reverse, snippets
-from phi4_ref.synth.rewrite import accepted, rewrite, worked_solutions
+from phi4_ref.synth.rewrite import accepted, rewrite, voted_solutions, worked_solutions
 from phi4_ref.synth.seeds import SEED, answer_key, blocks, final_answer, judge_votes, passages, plurality, seeds, vote
 
 
@@ -84,6 +84,21 @@ def test_a_babbling_model_breaks_nothing_and_everything_is_counted(name, tmp_pat
 def test_nothing_in_nothing_out(name):
     rows, counts = PIPELINES[name][0]([], Babble())
     assert rows == [] and set(counts.values()) == {0}
+
+
+class Unasked:
+    name = "unasked"
+    def chat(self, *_, **__): raise AssertionError("a model was asked")
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: plurality([question("q", "1")], Unasked(), n=0), "n=0"), (lambda: plurality([question("q", "1")], Unasked(), n=1), "n=1"), (lambda: plurality([question("q", "1")], Unasked(), low=.9, high=.1), "low=0.9, high=0.1"),
+    (lambda: worked_solutions([question("q")], Unasked(), n=0), "n=0"), (lambda: worked_solutions([question("Write f.", kind="code")], Unasked()), "question 'q' is of kind code.*`tests`"),
+    (lambda: converse([seed_row("t")], Unasked(), turns=0), "turns=0"), (lambda: reverse([document(CODE, source="code")], Unasked(), n=0), "n=0"), (lambda: fim([document("a\nb\nc")], Unasked(), n=0), "n=0"),
+    (lambda: revise([question("q")], Unasked(), rounds=-1), "rounds=-1"), (lambda: rewrite([seed_row("t", kind="poem")], Unasked()), "seed 's' is of kind 'poem'.*facts, reasoning, code"),
+    (lambda: voted_solutions([question("q", "1")]), "question 'q'.*plurality")])
+def test_what_cannot_be_made_is_refused_before_a_model_is_asked(call, says):
+    with pytest.raises(ValueError, match=says): call()
 
 
 def test_a_hostile_input_stays_in_its_tag():

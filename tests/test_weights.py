@@ -182,6 +182,17 @@ def test_other_phi3s_are_refused(name, changes):
     with pytest.raises(ValueError, match=f"config.json: {name} is"): from_hf_config({**to_hf_config(PHI4_14B), **changes})
 
 
+@pytest.mark.parametrize("changes, said", [(dict(hidden_size="64"), "hidden_size is '64'; it should be a whole number above 0"), (dict(hidden_size=64.0), "hidden_size is 64.0"), (dict(num_hidden_layers=-1), "num_hidden_layers is -1"),
+    (dict(num_attention_heads=0), "num_attention_heads is 0"), (dict(num_key_value_heads=0), "num_key_value_heads is 0"), (dict(vocab_size=True), "vocab_size is True"), (dict(rope_parameters=[1]), r"rope_parameters is \[1\]; it should be an object"),
+    (dict(rope_parameters=dict(rope_theta="big", rope_type="default")), "rope_theta is 'big'; it should be a number above 0"), (dict(rms_norm_eps=0), "rms_norm_eps is 0")])
+def test_a_configuration_with_a_wrong_type_is_named(changes, said):
+    with pytest.raises(ValueError, match=f"config.json: {said}"): from_hf_config({**to_hf_config(PHI4_14B), **changes})
+
+
+def test_a_configuration_without_an_end_of_text():
+    assert from_hf_config({**to_hf_config(PHI4_14B), "eos_token_id": []}).eos_token_id is None
+
+
 # Broken checkpoints
 
 @pytest.fixture
@@ -208,6 +219,18 @@ def test_a_truncated_index_is_named(sharded):
     index = sharded/"model.safetensors.index.json"
     index.write_text(index.read_text()[:200])
     with pytest.raises(ValueError, match="index.json is not JSON"): from_pretrained(sharded)
+
+
+@pytest.mark.parametrize("text, said", [("[]", "index.json holds no JSON object"), ('{}', "index.json has no weight_map"), ('{"weight_map": []}', "index.json has no weight_map"), ('{"weight_map": null}', "index.json has no weight_map"), ('{"weight_map": {"a": 3}}', "index.json has no weight_map")])
+def test_an_index_that_names_no_files(sharded, text, said):
+    (sharded/"model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=said): from_pretrained(sharded)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3"])
+def test_a_configuration_that_is_no_object(sharded, text):
+    (sharded/"config.json").write_text(text)
+    with pytest.raises(ValueError, match="m/config.json holds no JSON object"): from_pretrained(sharded)
 
 
 def test_a_shard_of_another_checkpoint_is_named(sharded, tmp_path):

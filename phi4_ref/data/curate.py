@@ -7,6 +7,7 @@ __all__ = ['OWN_DEFECTS', 'remove_languages', 'remove_outliers', 'remove_copies'
            'precision_recall', 'run_step', 'curate']
 
 # %% ../../nbs/27_data.curate.ipynb #6d444bb4
+import re
 import time
 from tqdm import tqdm
 from .decontaminate import Decontaminator, allowed_ngrams, common_ngrams
@@ -98,6 +99,8 @@ def curate(
 )->tuple[list[dict], list[dict]]:  # DOCUMENT rows; table rows {step, in, out, seconds, precision, recall}
     "The organic pipeline of phi-4 §2.3 and App. B.1, from raw pages to clean documents."
     if not pages: raise ValueError('no pages to curate: give at least a few hundred, the outlier statistics and the classifier learn from them')
+    if wrong := [code for code in languages if isinstance(languages, str) or not re.fullmatch('[a-z]{2,3}', code)]: raise ValueError(f"languages {languages!r} must be a tuple of ISO 639 codes, such as ('en', 'de'); {wrong[0]!r} is none")
+    near_duplicates([], near_duplicate), Decontaminator(benchmarks, info=info, contaminated=contaminated)  # what they refuse, they refuse before the work
     start = time.perf_counter()
     documents = [page_to_document(page) for page in tqdm(pages, desc='extract', unit='page', leave=False, disable=None)]
     steps = {'extract': lambda ds: {i: None for i, d in enumerate(ds) if not d['text'].strip()},

@@ -10,6 +10,7 @@ __all__ = ['Verdict', 'ngrams', 'algorithm_1', 'item_text', 'benchmark_items', '
 from dataclasses import dataclass
 import numpy as np
 from .dedup import ngram_hashes, word_hashes, words
+from .documents import check_texts
 
 # %% ../../nbs/25_data.decontaminate.ipynb #61923d33
 @dataclass(frozen=True)
@@ -77,18 +78,21 @@ def item_text(
 )->str:    # the question as it is asked: after its context, with its options
     "What a text is compared with; a question of recall is nothing without its context."
     if isinstance(row, str): return row
+    if not isinstance(row, dict) or not isinstance(row.get('question'), str): raise ValueError(f'benchmark item {row!r:.80} has no text `question`: give Question rows or strings')
     meta = row.get('meta') or {}
     return '\n'.join([*filter(None, [meta.get('context')]), row['question'], *map(str, meta.get('choices') or ())])
 
 def benchmark_items(
     benchmarks:dict,  # benchmark -> its Question rows or strings
 )->dict[str, str]:    # "benchmark/id" -> text
-    "All items by name; a row without an id is named by its position, a code prefix is an item of its own."
+    "All items by name; a row without an id, or with that of an earlier one, is named by its position, a code prefix is an item of its own."
+    if not isinstance(benchmarks, dict) or any(isinstance(rows, str) for rows in benchmarks.values()): raise ValueError(f'benchmarks {benchmarks!r:.60} must be a dict: name -> list of Question rows or strings')
     items = {}
     for benchmark, rows in benchmarks.items():
         for i, row in enumerate(rows):
             row = row if isinstance(row, dict) else {'question': row}
             name = f'{benchmark}/{row.get("id", i)}'
+            if name in items: name = f'{name} at {i}'
             items[name] = item_text(row)
             prefix = (row.get('meta') or {}).get('prompt') or ''
             if prefix and prefix not in items[name]: items[name + ' prefix'] = prefix
@@ -102,6 +106,7 @@ def common_ngrams(
 )->list[str]:         # the runs, words joined by spaces, sorted
     "N-grams so common that they say nothing of a leak (phi-4 App. B.1: the allowed 13-grams)."
     if min_docs < 2: raise ValueError(f'min_docs {min_docs}: what a single document holds is not common; at least 2')
+    texts = check_texts(texts)
     grams = [np.unique(ngram_hashes(word_hashes(t), n)) for t in texts]
     owners = np.repeat(np.arange(len(grams)), [len(g) for g in grams])
     values, first, counts = np.unique(np.concatenate([*grams, np.empty(0, np.uint64)]), return_index=True, return_counts=True)
@@ -177,6 +182,7 @@ class Decontaminator:
 
     def verdicts(self, texts:list[str]) -> list[Verdict]:
         "The verdict on each text, in order."
+        texts = check_texts(texts)
         return [v for start in range(0, len(texts), 256) for v in self._batch(texts[start:start + 256])]
 
     def _batch(self, texts):

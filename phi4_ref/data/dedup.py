@@ -11,6 +11,7 @@ import hashlib, re, unicodedata
 from collections import defaultdict
 import numpy as np
 import rensa
+from .documents import check_texts
 
 # %% ../../nbs/24_data.dedup.ipynb #6b436087
 def normal_form(
@@ -23,7 +24,7 @@ def exact_duplicates(
     texts:list[str],  # documents, in order of preference
 )->list[int]:         # for each text the position of the first one equal to it: its own where it is kept
     "The first text of each group of exact copies, by 128-bit hash."
-    first = {}
+    first, texts = {}, check_texts(texts)
     keys = [hashlib.blake2b(normal_form(t).encode('utf-8', 'surrogatepass'), digest_size=16).digest() for t in texts]
     return [first.setdefault(key, i) for i, key in enumerate(keys)]
 
@@ -138,6 +139,7 @@ def near_duplicates(
     "Near copies by MinHash and banding, each verified; of a group the longest, then the earliest, is kept."
     if not 0 < threshold <= 1: raise ValueError(f'threshold {threshold}: a Jaccard similarity lies in (0, 1]; 0.8 is usual')
     if width < 1 or num_perm < 1: raise ValueError(f'width {width} and num_perm {num_perm} must be at least 1')
+    texts = check_texts(texts)
     sets = shingle_sets(texts, width)
     signatures_NP = signatures(sets, num_perm, seed)
     keys = _band_keys(signatures_NP, band_rows(threshold, num_perm)).tolist()

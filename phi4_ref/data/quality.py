@@ -21,6 +21,8 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import Ridge
 
+from .documents import check_texts
+
 # %% ../../nbs/23_data.quality.ipynb #cbf20de2
 def compression_ratio(
     text:str  # a document
@@ -91,8 +93,8 @@ def outliers(
     threshold:float=12.0             # robust standard deviations
 )->list[tuple[bool, str]]:           # (is an outlier, why) in the same order
     "Corrupted text and binaries, by n-gram statistics and compression ratio (phi-4 §2.3)."
-    if not texts: return []
-    base = texts if reference is None else reference
+    if not (texts := check_texts(texts)): return []
+    base = texts if reference is None else check_texts(reference)
     frequency, size = document_frequency(base), lambda batch: np.array([len(t) for t in batch])
     surprise = ngram_surprisal(texts, frequency, len(base), own=reference is None)
     usual = surprise if reference is None else ngram_surprisal(base, frequency, len(base), own=True)

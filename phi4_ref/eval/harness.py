@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['INT', 'FLOAT', 'EVAL_ITEM', 'LEFT_OUT', 'SHORT', 'ROWS', 'SLOTS', 'prompt_text', 'prompt_ids', 'stop_ids',
            'reply_text', 'sample_seed', 'groups', 'replies', 'choice_logprobs', 'item_row', 'evaluate_choices',
-           'evaluate', 'by', 'summarise']
+           'check_benchmarks', 'check_askable', 'evaluate', 'by', 'summarise']
 
 # %% ../../nbs/62_eval.harness.ipynb #5769575e
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 
 from datasets import Features, Value
 
 from .stats import mean_interval
-from .tasks import grade, multiple_choice
+from .tasks import GRADERS, grade, multiple_choice
 from ..model.generate import generate, logprobs
 from ..model.tokenizer import chat_ids, text_ids
 from ..model.transformer import Transformer
+from ..post.oracle import check_question
 from ..records import TEXT
 
 # %% ../../nbs/62_eval.harness.ipynb #f3838381
@@ -141,6 +143,30 @@ def evaluate_choices(model, tokenizer, asked, chat, name):
         rows.append(item_row(q, benchmark, 0, 0., multiple_choice(q, by_choice), q['meta']['choices'][chosen], 0, name))
     return rows
 
+# %% ../../nbs/62_eval.harness.ipynb #ba47a2f3
+def check_benchmarks(
+    benchmarks:dict,  # should be: name -> QUESTION rows
+    chat:bool         # as for `evaluate`
+):
+    "ValueError for what cannot be asked or graded."
+    if not isinstance(benchmarks, dict): raise ValueError(f'benchmarks {benchmarks!r:.60} must be a dict: name -> QUESTION rows')
+    for name, questions in benchmarks.items():
+        if not questions: raise ValueError(f'benchmark {name!r} has no questions: leave it out')
+        for question in questions:
+            try: check_askable(question, chat)
+            except ValueError as error: raise ValueError(f'benchmark {name!r}: {error}') from error
+        [(twin, n)] = Counter(q['id'] for q in questions).most_common(1)
+        if n > 1: raise ValueError(f'benchmark {name!r}: {n} questions have the id {twin!r}; give each one of its own')
+
+def check_askable(question:dict, chat:bool):
+    "`check_question`, and what the harness needs beside."
+    check_question(question)
+    where, kind, meta = f"question {question['id']!r}", question['kind'], question['meta']
+    if kind not in (*GRADERS, 'code', 'mcq'): raise ValueError(f"{where}: no grader for questions of kind {kind!r}; give one of {', '.join([*GRADERS, 'code', 'mcq'])}")
+    if kind == 'code' and not chat and not isinstance(meta.get('prompt'), str): raise ValueError(f"{where} is of kind code, but its meta has no text `prompt` for a base model to continue")
+    if kind == 'mcq' and (bad := [i for i, c in enumerate(meta['choices']) if not isinstance(c, str) or not c.strip()]): raise ValueError(f"{where}: choice {bad[0]} is {meta['choices'][bad[0]]!r}, not text")
+
+
 # %% ../../nbs/62_eval.harness.ipynb #8f5767ae
 def evaluate(
     model:Transformer,
@@ -156,6 +182,8 @@ def evaluate(
     name:str=''               # the checkpoint, for the column `model`
 )->list[dict]:                # EVAL_ITEM rows, by benchmark, question, sample
     "Ask, generate, grade: one row for each reply."
+    if wrong := [f'{k}={v}' for k, v in dict(samples=samples, max_new_tokens=max_new_tokens, limit=limit).items() if v is not None and v < 1]: raise ValueError(f'{wrong[0]} must be at least 1')
+    check_benchmarks(benchmarks, chat)
     if samples > 1 and temperature == 0: raise ValueError(f'samples={samples} at temperature 0 are {samples} times the same reply; give a temperature')
     asked = [(b, q) for b, questions in benchmarks.items() for q in questions[:limit]]
     rows = evaluate_choices(model, tokenizer, [(b, q) for b, q in asked if q['kind'] == 'mcq'], chat, name)

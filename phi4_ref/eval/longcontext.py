@@ -70,6 +70,7 @@ def plot_lengths(
     rows:list[dict]  # as `length_table` returns them
 )->Figure:
     "Accuracy against context length, one panel a benchmark."
+    if not rows: raise ValueError('no rows to draw: give those of `length_table`')
     panels = list(by(rows, 'benchmark').items())
     fig = Figure(figsize=(2.6 * len(panels) + .6, 2.5), dpi=80, layout='constrained')
     for ax, ((benchmark,), part) in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):

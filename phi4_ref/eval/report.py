@@ -8,8 +8,8 @@ __all__ = ['STAGES', 'CHECKPOINTS', 'TABLE_9_COLUMN', 'TABLE_9_ROW', 'TABLE_2_RO
            'changes_table', 'scores_section', 'arm_changes', 'plot_arms', 'picture', 'arms_section', 'course',
            'showcase', 'pieces', 'counts_line', 'code_span', 'pts_section', 'page', 'context_section', 'outcome_shares',
            'plot_outcomes', 'refusal_section', 'mixture_section', 'curation_section', 'synthesis_section',
-           'judge_section', 'read_log', 'smooth', 'plot_losses', 'losses_section', 'time_section', 'question_text',
-           'replies_section', 'section', 'introduction', 'sections', 'write_report']
+           'judge_section', 'read_log', 'smooth', 'plot_losses', 'losses_section', 'read_manifests', 'time_section',
+           'question_text', 'replies_section', 'section', 'introduction', 'sections', 'write_report']
 
 # %% ../../nbs/65_eval.report.ipynb #2518c522
 import json
@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from .. import paper
 from .claims import MARGIN, change, claims, claims_table, level, percent, pick, points
 from .outcomes import outcome_table
+from .harness import EVAL_ITEM
 from .longcontext import length_changes, length_table, plot_lengths
 from .page import figure3_page
 from .tasks import OUTCOMES
@@ -345,9 +346,18 @@ def losses_section(run:Path, out:Path)->str:
     return picture(plot_losses(logs), out, 'losses', 'training loss of every stage') + '\n\n' + table(['stage', 'steps', 'first loss', 'last loss (mean of 20 steps)'], rows)
 
 # %% ../../nbs/65_eval.report.ipynb #f3ffc6be
+def read_manifests(
+    run:Path
+)->dict:  # stage -> manifest, of those that are finished
+    "What each stage says of itself. ValueError names a file that is no manifest."
+    found = {s: load_json(run/s/'manifest.json') for s in STAGES if (run/s/'manifest.json').exists()}
+    for stage, manifest in found.items():
+        if missing := [k for k in ('seconds', 'counts', 'seed', 'versions') if k not in manifest]: raise ValueError(f"{run/stage/'manifest.json'} lacks {', '.join(missing)}: make the stage again with `phi4 run {run} --force`")
+    return found
+
 def time_section(run:Path)->str:
     "Seconds, tokens and counts of each stage, from the manifests."
-    found = {s: load_json(run/s/'manifest.json') for s in STAGES if (run/s/'manifest.json').exists()}
+    found = read_manifests(run)
     if not found: return 'No stage of this run has a manifest.'
     tokens = {s: m['counts'].get('generated_tokens', m['counts'].get('tokens')) for s, m in found.items()}
     speed = lambda s: f"{tokens[s] / found[s]['seconds']:,.0f}" if tokens[s] and found[s]['seconds'] else None
@@ -394,7 +404,7 @@ VERDICTS = {'holds': 'hold', 'does not hold': 'do not hold', 'not resolved': 'ar
 
 def introduction(run:Path, items:list[dict])->str:
     "Title, what this is, how long it took."
-    manifests = [load_json(run/s/'manifest.json') for s in STAGES if (run/s/'manifest.json').exists()]
+    manifests = list(read_manifests(run).values())
     verdicts = Counter(c.verdict for c in claims(items))
     took = f'{len(manifests)} stages in {sum(m["seconds"] for m in manifests) / 60:.1f} minutes, seed {manifests[0]["seed"]}. ' if manifests else ''
     return (f'# Report of the run `{run.name}`\n\nThe phi-4 recipe (arXiv 2412.08905) at this run\'s scale, with the paper\'s tables beside it. {took}'
@@ -429,8 +439,9 @@ def write_report(
     "Write the whole report from the files of a run."
     run, out = Path(run_dir), Path(out_dir or Path(run_dir)/'report')
     if not run.is_dir(): raise ValueError(f'no run directory {run}: give the folder that holds pretrain/, eval/ and the other stages')
-    out.mkdir(parents=True, exist_ok=True)
-    items = load(run/'eval/items.parquet') if (run/'eval/items.parquet').exists() else []
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise ValueError(f'cannot make the directory {out} ({error.strerror}): give another one as out_dir') from error
+    items = load(run/'eval/items.parquet', EVAL_ITEM) if (run/'eval/items.parquet').exists() else []
     page = introduction(run, items) + '\n' + '\n'.join(section(run, *part) for part in sections(run, items, out))
     (out/'report.md').write_text(page, encoding='utf-8')
     return out/'report.md'

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from ..post.oracle import answer_oracle, contains_answer, is_refusal, passes_tests
+from ..post.oracle import answer_oracle, contains_answer, is_refusal, passes_tests, right_choice
 
 # %% ../../nbs/61_eval.tasks.ipynb #82b031ed
 OUTCOMES = ('correct', 'not attempted', 'incorrect')  # phi-4 Figure 6
@@ -95,7 +95,7 @@ def multiple_choice(
     if len(logprobs) != len(question['meta']['choices']):
         raise ValueError(f"question {question['id']} has {len(question['meta']['choices'])} choices but {len(logprobs)} lists of log-probabilities")
     chosen = choose_normalised(logprobs, question['meta']['choices']) if normalised else choose(logprobs)
-    right = chosen == question['meta']['label']
+    right = chosen == right_choice(question)
     return Grade(float(right), 'correct' if right else 'incorrect')
 
 # %% ../../nbs/61_eval.tasks.ipynb #8d7371f0

@@ -49,6 +49,7 @@ def collect_replies(
     seed:int=0
 )->list[list[dict]]:                # per conversation its replies [{model, text}], no two texts alike
     "Replies of several models to the same conversations (phi-4 §4.2)."
+    if not models or any(n < 1 for _, n in models): raise ValueError(f'models {[(getattr(llm, "name", llm), n) for llm, n in models]} must be (LLM, replies wanted) with at least one of each')
     replies = [{} for _ in conversations]
     for llm, n in models:
         texts = llm.chat([c for c in conversations for _ in range(n)], temperature=temperature, max_tokens=max_tokens, seed=seed)
@@ -105,6 +106,8 @@ def judge(
     turned:bool=False               # show each order from its end
 )->tuple[list[list[dict]|None], dict]: # replies with scores, faults and place (None: malformed, or nothing to compare), and counts
     "Score all replies to each conversation in one call, in an order shuffled by the seed (phi-4 App. A.2)."
+    if len(replies) != len(conversations): raise ValueError(f'{len(conversations)} conversations and replies to {len(replies)}: give a list of replies for each')
+    if wrong := [(i, k, r.get('text')) for i, rows in enumerate(replies) for k, r in enumerate(rows) if not isinstance(r.get('text'), str)]: raise ValueError('conversation {}, reply {}: its text is {!r:.40}, not text'.format(*wrong[0]))
     judged, counts = [None] * len(replies), dict(asked=0, retried=0, malformed=0)
     for n in sorted({len(r) for r in replies if len(r) > 1}):
         some = [i for i, r in enumerate(replies) if len(r) == n]
@@ -228,7 +231,9 @@ def judge_pairs(
     orders:int=1              # 2: judge also with the places turned round, and leave out pairs that do not stand
 )->tuple[list[dict], dict]:   # PREFERENCE rows over whole answers; counts, with what each place in the list earned
     "Judge-guided pairs for the second DPO stage (phi-4 §4.2, App. A.2, Table 8)."
+    if orders not in (1, 2): raise ValueError(f'orders={orders}: choose 1 or 2')
     judged, counts = judge(prompts, replies, llm, seed)
+    if counts['asked'] and counts['malformed'] == counts['asked']: raise ValueError(f"{getattr(llm, 'name', 'the judge')!r} gave no usable verdict on any of {counts['asked']} conversations: look at its replies, or take a stronger judge")
     found = [choose_pairs(scored, min_gap, most) if scored else [] for scored in judged]
     chosen, left_out = confirm(found, judge(prompts, replies, llm, seed, turned=True)) if orders == 2 else (found, {})
     ties = [bool(scored) and not choose_pairs(scored) for scored in judged]

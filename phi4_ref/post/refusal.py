@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['GRADE', 'ANSWER', 'REFUSE', 'BOGUS', 'USUALLY', 'FIRST_TOKENS', 'exact_grades', 'parse_grade', 'llm_grades',
-           'sample_knowledge', 'write_texts', 'refusal_sft', 'refusal_dpo', 'without_opposites']
+           'check_keys', 'sample_knowledge', 'write_texts', 'refusal_sft', 'refusal_dpo', 'without_opposites']
 
 # %% ../../nbs/54_post.refusal.ipynb #d7ac7541
+from collections import Counter
+
 from .. import paper
 from .dpo import chat_pair
-from .oracle import answer_oracle, grade, is_refusal, normalise
+from .oracle import answer_oracle, check_question, grade, is_refusal, normalise
 from ..synth.llm import ask, derive_seed, parse_json, parse_text, prompt
 
 # %% ../../nbs/54_post.refusal.ipynb #5fa34bf3
@@ -19,7 +21,7 @@ def exact_grades(
 )->list[str]:             # true, false or uncertain (declined), one per answer
     "Grade against the key without a language model."
     right, _ = grade(answer_oracle, questions, answers)
-    return ['true' if ok else 'uncertain' if is_refusal(a) else 'false' for ok, a in zip(right, answers)]
+    return ['true' if ok else 'uncertain' if is_refusal(a) else 'false' for ok, a in zip(right, answers, strict=True)]
 
 # %% ../../nbs/54_post.refusal.ipynb #251528d4
 GRADE = """
@@ -47,6 +49,14 @@ def llm_grades(
     return grader
 
 # %% ../../nbs/54_post.refusal.ipynb #72d74009
+def check_keys(
+    questions:list[dict] # should be QUESTION rows with a key
+):
+    "ValueError, before a model is asked, for a question that cannot be graded, and for an id that two of them have."
+    for question in questions: check_question(question)
+    twins = [(i, n) for i, n in Counter(q['id'] for q in questions).items() if n > 1]
+    if twins: raise ValueError('{1} questions have the id {0!r}: give each one of its own'.format(*twins[0]))
+
 def sample_knowledge(
     questions:list[dict],  # QUESTION rows with a key
     llm,                   # the model that is to be taught
@@ -57,6 +67,8 @@ def sample_knowledge(
     seed:int=0
 )->list[dict]:             # {question, answers, grades, p_right}: p_right is the share of right answers, 0..1
     "Ask each question `k` times and grade: what does the model know? (phi-4 App. A.1)"
+    if k < 1: raise ValueError(f'k={k} answers per question: at least 1 is needed')
+    check_keys(questions)
     chats = [[dict(role='user', content=q['question'])] for q in questions for _ in range(k)]
     answers = llm.chat(chats, temperature=1., max_tokens=max_tokens, seed=seed)
     grades = grader([q for q in questions for _ in range(k)], answers)
@@ -85,6 +97,7 @@ def write_texts(
         values, counts = ask(llm, [prompt(task, instructions, question=q) for q in inputs], parse_text, seed=derive_seed(seed, key))
         for k in totals: totals[k] += counts[k]
         return values
+    check_keys(questions)
     totals, asked = dict(asked=0, retried=0, malformed=0), [q['question'] for q in questions]
     correct = write('answer question', ANSWER, asked, 'correct')
     correct = [a if a and answer_oracle(q, a) else f"The answer is {q['answer']}." for q, a in zip(questions, correct)]

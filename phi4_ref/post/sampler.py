@@ -276,9 +276,11 @@ def endpoint_sampler(
     "The sampler protocol over an OpenAI-compatible completions endpoint."
     endpoint, checked = OpenAIChat(model, base_url, api_key, concurrency, timeout_s, retries), []
     def sampler(prompts, seeds, max_total):
+        endpoint.reach()
         if not checked and prompts: check_policy(endpoint, prompts[0], stop_ids, temperature, top_p); checked.append(True)
         room = [i for i, p in enumerate(prompts) if len(p) < max_total]
         done = run_async(send_all(endpoint, [completion_request(prompts[i], seeds[i], max_total, stop_ids, temperature, top_p) for i in room]))
         found = dict(zip(room, done))
         return [found.get(i) or Completion([], [], False) for i in range(len(prompts))]
+    sampler.slice = 2 * concurrency  # what a server that fails can lose of a search (`pts.stored`)
     return sampler

@@ -89,6 +89,7 @@ def converse(
     seed:int=0,                  # same seed, same rows
 )->tuple[list[dict], dict]:      # (CONVERSATION rows, source "synthetic", meta seed_id, profile, notes; funnel)
     "Multi-agent conversations from snippets (phi-4 App. D.1.3)."
+    if turns < 1: raise ValueError(f"turns={turns} of the user: at least 1 is needed")
     talks = [Talk(s, profiles[i % len(profiles)] if profiles else "") for i, s in enumerate(seeds)]
     for turn in range(turns):
         for part in (("open", "assistant") if turn == 0 else ("director", "user", "assistant")): advance(talks, part, llm, derive_seed(seed, turn))

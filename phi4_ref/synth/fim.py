@@ -104,6 +104,7 @@ def fim(
     seed:int=0,              # same seed, same rows
 )->tuple[list[dict], dict]:  # (DOCUMENT rows, source "synthetic", meta document_id, before, middle, after, solved; funnel)
     "Fill-in-the-middle exercises with graded solutions (phi-4 App. D.2)."
+    if n < 1: raise ValueError(f"n={n} solutions per exercise: at least 1 is needed")
     choices, chosen = ask(llm, [prompt("choose span", CHOOSE_SPAN, text=numbered(d["text"])) for d in documents], parse_span, seed=derive_seed(seed, "choose"))
     exercises = [(d, span) for d, choice in zip(documents, choices) if choice and (span := cut(d["text"], *choice))]
     fills, _ = ask(llm, [prompt("fill span", FILL_SPAN, before=s.before, after=s.after) for _, s in exercises for _ in range(n)], parse_fill, seed=derive_seed(seed, "fill"))

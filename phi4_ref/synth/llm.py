@@ -13,6 +13,7 @@ import json
 import re
 import sqlite3
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -131,8 +132,9 @@ def ask(
         retried += len(todo) if attempt else 0
         replies = llm.chat([chats[i] for i in todo], temperature=temperature, max_tokens=max_tokens,
                            seed=derive_seed(seed, "attempt", attempt) if attempt else seed)
+        if len(replies) != len(todo): raise ValueError(f"{getattr(llm, 'name', llm)!r} gave {len(replies)} replies to {len(todo)} conversations: `chat` must give one each, in order")
         failed = []
-        for i, reply in zip(todo, replies, strict=True):
+        for i, reply in zip(todo, replies):
             try: values[i] = parse(visible(reply))
             except (ValueError, LookupError, TypeError, AttributeError): failed.append(i)
         todo = failed
@@ -168,7 +170,8 @@ class ReplyStore:
         path:str|Path,  # an SQLite file; made when missing
     ):
         self.path, self.synced = Path(path), 0.0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try: self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error: raise ValueError(f"cannot make the directory of {path} ({error.strerror}): give another place") from error
         try:
             with self.open() as db: db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID")
         except sqlite3.DatabaseError as error:
@@ -186,9 +189,11 @@ class ReplyStore:
     def put(self, keys:list[bytes], replies:list[str]):
         "Store replies in one transaction; the first writer of a key wins."
         sync = time.monotonic() - self.synced > 5
-        with self.open() as db:
-            db.execute(f"PRAGMA synchronous={'NORMAL' if sync else 'OFF'}")
-            with db: db.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?)", zip(keys, replies, strict=True))
+        try:
+            with self.open() as db:
+                db.execute(f"PRAGMA synchronous={'NORMAL' if sync else 'OFF'}")
+                with db: db.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?)", zip(keys, replies, strict=True))
+        except sqlite3.OperationalError as error: raise OSError(f"cannot write to {self.path} ({error}): is the disk full? What was stored before is kept, and the same command goes on from there") from error
         if sync: self.synced = time.monotonic()
 
     def __len__(self):
@@ -248,18 +253,33 @@ class OpenAIChat:
         retries:int=6,            # further attempts of a failed request, with backoff up to 8 s
     ):
         import openai
+        if base_url is not None and not re.match(r"https?://[^/]", base_url): raise ValueError(f"base_url {base_url!r} is no address: give one such as http://localhost:8000/v1, or leave it out for OpenAI")
+        self.reached, self.warned = False, False
         self.name, self.concurrency, self.retries, self.openai = model, concurrency, retries, openai
         try: self.client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout_s, max_retries=retries)
         except openai.OpenAIError as error:
             raise ValueError("no API key: pass api_key=... or set OPENAI_API_KEY (any word will do for a local server)") from error
 
-    def complete(self, messages:list[dict], **settings)->str:
-        "One reply; '' when the server refuses this conversation."
+    def reach(self):
+        "RuntimeError, without the waiting between attempts, where nobody answers at the address; asked once, before the first request."
+        if self.reached: return
+        try: self.client.with_options(max_retries=0, timeout=10).models.list()
+        except self.openai.APITimeoutError as error:
+            if type(error.__cause__).__name__ == "ConnectTimeout": raise RuntimeError(self.advice(error)) from error
+        except self.openai.APIConnectionError as error:
+            if type(error.__cause__).__name__ in ("ConnectError", "UnsupportedProtocol"): raise RuntimeError(self.advice(error)) from error
+        except Exception: pass  # whatever it answers, it is there
+        self.reached = True
+
+    def complete(self, messages:list[dict], **settings)->str|None:
+        "One reply; None when the server refuses this conversation."
         for attempt in range(self.retries + 1):
             try:
                 reply = self.client.chat.completions.create(model=self.name, messages=messages, **settings)
                 return (reply.choices[0].message.content or "").encode(errors="replace").decode()  # no lone surrogates
-            except self.openai.BadRequestError: return ""
+            except self.openai.BadRequestError as error:
+                self.refusal = error
+                return None
             except self.openai.OpenAIError as error: raise RuntimeError(self.advice(error)) from error
             except (ValueError, AttributeError, TypeError, LookupError) as error: broken = error
         raise RuntimeError(f"{self.client.base_url} answered {self.retries + 1} times with something that is no completion: {broken!r}")
@@ -274,12 +294,23 @@ class OpenAIChat:
         return f"{where}: {error} (after {self.retries + 1} attempts)"
 
     def chat(self, conversations:list[list[dict]], *, temperature:float=1.0, top_p:float=1.0, max_tokens:int=512, seed:int=0)->list[str]:
-        "As `LLM.chat`. RuntimeError says what to change when the endpoint cannot be used."
+        "As `LLM.chat`; '' for a conversation that the server refuses. RuntimeError says what to change when the endpoint cannot be used."
+        self.reach()
         settings = [dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=derive_seed(seed, k) if k else seed)
                     for k in occurrences(conversations)]
         pool = ThreadPoolExecutor(self.concurrency)
-        try: return list(pool.map(lambda c, s: self.complete(c, **s), conversations, settings))
+        try: replies = list(pool.map(lambda c, s: self.complete(c, **s), conversations, settings))
         finally: pool.shutdown(wait=False, cancel_futures=True)
+        self.check_refused(replies.count(None), len(replies))
+        return [reply or "" for reply in replies]
+
+    def check_refused(self, refused:int, asked:int):
+        "Say once what the server refuses; RuntimeError where that is every conversation of several."
+        if not refused: return
+        what = f"model {self.name!r} at {self.client.base_url} refuses {refused} of {asked} conversations: {self.refusal}"
+        if refused == asked >= 8: raise RuntimeError(f"{what}; it is the request that it does not take: see whether the model takes temperature, top_p, max_tokens and seed")
+        if not self.warned: warnings.warn(f"{what}; such conversations get the reply '', and no further warning", RuntimeWarning, stacklevel=3)
+        self.warned = True
 
 # %% ../../nbs/30_synth.llm.ipynb #4bdbc302
 class GumbelNoise:
@@ -308,21 +339,27 @@ class LocalChat:
         import transformers as hf
         from phi4_ref.model.generate import inference
         self.name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
-        if isinstance(model, str):
-            where = inference()
-            model = hf.AutoModelForCausalLM.from_pretrained(model, dtype=where["dtype"] if where["device"].type == "cuda" else "auto").to(where["device"])
-        self.model = model.eval()
-        self.tokenizer = tokenizer or hf.AutoTokenizer.from_pretrained(self.name)
+        try:
+            if isinstance(model, str):
+                where = inference()
+                model = hf.AutoModelForCausalLM.from_pretrained(model, dtype=where["dtype"] if where["device"].type == "cuda" else "auto").to(where["device"])
+            self.model = model.eval()
+            self.tokenizer = tokenizer or hf.AutoTokenizer.from_pretrained(self.name)
+        except (OSError, ValueError) as error: raise ValueError(f"cannot load a language model and its tokenizer from {self.name!r}: {str(error).splitlines()[0]}; give a model directory or the name of a model on the hub") from error
         if not self.tokenizer.chat_template:
             raise ValueError(f"the tokenizer of {self.name!r} has no chat template: take an instruction-tuned model, or set tokenizer.chat_template")
         self.batch_size, self.pad_id = batch_size, next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
 
     def chat(self, conversations:list[list[dict]], *, temperature:float=1.0, top_p:float=1.0, max_tokens:int=512, seed:int=0)->list[str]:
-        "As `LLM.chat`. Conversations of similar length are generated together."
+        "As `LLM.chat`. Conversations of similar length are generated together; one that leaves no room in the model's context gets the reply ''."
+        if not conversations: return []
+        if not temperature >= 0 or not 0 < top_p <= 1 or max_tokens < 1: raise ValueError(f"temperature={temperature} must be at least 0, top_p={top_p} in (0, 1], max_tokens={max_tokens} above 0")
         texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         seeds = [derive_seed(seed, text, k) for text, k in zip(texts, occurrences(texts))]
-        order, replies = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids)
+        context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
+        order, replies = sorted((i for i in range(len(ids)) if len(ids[i]) < context), key=lambda i: len(ids[i])), [""] * len(ids)
+        if len(order) < len(ids): warnings.warn(f"{len(ids) - len(order)} of {len(ids)} conversations do not fit in the {context} tokens that {self.name!r} reads, and get the reply ''", RuntimeWarning, stacklevel=2)
         for s in range(0, len(order), self.batch_size):
             part = order[s:s + self.batch_size]
             for i, reply in zip(part, self.generate([ids[i] for i in part], [seeds[i] for i in part], temperature, top_p, max_tokens)):

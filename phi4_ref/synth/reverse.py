@@ -99,6 +99,7 @@ def reverse(
     seed:int=0,               # same seed, same rows
 )->tuple[list[dict], dict]:   # (DOCUMENT rows, source "synthetic", meta instruction, code, tests, fidelity; funnel)
     "Instructions for existing code, checked by getting the code back (phi-4 §2.2)."
+    if n < 1: raise ValueError(f"n={n} regenerations per instruction: at least 1 is needed")
     found = [{**s, "id": f"{d['id']}/{s['name']}"} for d in documents for s in snippets(d["text"])]
     sound = [s for s, ok in zip(found, passes_many([(s["code"], s["tests"]) for s in found], workers)) if ok]
     instructions, _ = ask(llm, [prompt("write instruction", WRITE_INSTRUCTION, code=s["code"]) for s in sound], parse_text, seed=derive_seed(seed, "instruct"))

@@ -96,6 +96,7 @@ def revise(
     seed:int=0,              # same seed, same rows
 )->tuple[list[dict], dict]:  # (DOCUMENT rows, source "synthetic", meta question_id, scores, draft; funnel)
     "Answers drafted, criticised and revised (phi-4 §2.2, App. D.1.2)."
+    if rounds < 0: raise ValueError(f"rounds={rounds} of revision: 0 or more")
     drafts, _ = ask(llm, [prompt("answer question", ANSWER_QUESTION, question=q["question"]) for q in questions], parse_text, seed=derive_seed(seed, "draft"))
     drafted = [(q, d) for q, d in zip(questions, drafts) if d]
     histories = improve([q["question"] for q, _ in drafted], [d for _, d in drafted], llm, rounds, seed)

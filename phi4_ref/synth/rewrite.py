@@ -55,6 +55,7 @@ def rewrite(
     seed:int=0,              # same seed, same rows
 )->tuple[list[dict], dict]:  # (DOCUMENT rows, source "web_rewrite", meta seed_id, styles; funnel)
     "Rewrite passages into exercises, discussions and reasoning, in several steps (phi-4 §2.2)."
+    if bad := [s for s in seeds if s["kind"] not in PLANS]: raise ValueError(f"seed {bad[0]['id']!r} is of kind {bad[0]['kind']!r}: a plan is there for {', '.join(PLANS)}")
     jobs = [(s, plan) for s in seeds for plan in PLANS[s["kind"]]]
     texts = [s["text"] for s, _ in jobs]
     for step in range(max((len(plan) for _, plan in jobs), default=0)):
@@ -103,6 +104,8 @@ def worked_solutions(
     seed:int=0,              # same seed, same rows
 )->tuple[list[dict], dict]:  # (DOCUMENT rows "Question: ...\nAnswer: ...", source "synthetic"; funnel over answers)
     "Questions with sampled worked answers, wrong ones rejected (phi-4 §2.2)."
+    if n < 1: raise ValueError(f"n={n} answers per question: at least 1 is needed")
+    if untested := [q for q in questions if q["kind"] == "code" and not q["meta"].get("tests")]: raise ValueError(f"question {untested[0]['id']!r} is of kind code, but its meta has no `tests`")
     asked = [q for kind in (False, True) for q in questions if (q["kind"] == "code") == kind for _ in range(n)]
     n_text = sum(q["kind"] != "code" for q in asked)
     prompts = [prompt("answer question", ANSWER_QUESTION, question=q["question"]) for q in asked]
@@ -121,5 +124,6 @@ def voted_solutions(
     questions:list[dict],  # rows from `plurality`
 )->list[dict]:             # DOCUMENT rows, source "synthetic"
     "The answers that carried the vote, as documents (phi-4 §2.2)."
+    if unasked := [q for q in questions if "solutions" not in q["meta"]]: raise ValueError(f"question {unasked[0]['id']!r} has no `solutions` in its meta: give rows of `plurality`")
     return [{"id": f"{q['id']}/voted-{i}", "text": f"Question: {q['question']}\nAnswer: {text}", "source": "synthetic", "lang": "en",
              "meta": {"question_id": q["id"], "kind": q["kind"]}} for q in questions for i, text in enumerate(q["meta"]["solutions"])]

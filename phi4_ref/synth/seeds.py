@@ -176,6 +176,8 @@ def plurality(
     seed:int=0,              # same seed, same rows
 )->tuple[list[dict], dict]:  # (QUESTION rows with the plurality's answer; meta votes, share, solutions, organic_answer; funnel)
     "Keep questions of middling agreement, with the answer of the plurality (phi-4 §2.2, §2.3)."
+    if n < 2: raise ValueError(f"n={n} answers make no vote: at least 2 are needed")
+    if not 0 <= low <= high <= 1: raise ValueError(f"low={low}, high={high} must be shares of the answers, 0 <= low <= high <= 1")
     votable = [q for q in questions if q["kind"] != "code"]
     replies, _ = ask(llm, [prompt("answer question", ANSWER_QUESTION, question=q["question"]) for q in votable for _ in range(n)], parse_worked, seed=seed)
     rows, counts = [], {"in": len(questions), "code": len(questions) - len(votable), "malformed": 0, "too easy": 0, "inconsistent": 0, "kept": 0, "answer replaced": 0}

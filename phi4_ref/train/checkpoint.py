@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..model.transformer import Transformer
+from .zero import ZeroOptimizer, load_zero_state, zero_state
 
 # %% ../../nbs/39_train.checkpoint.ipynb #52d028d8
 def rng_state()->dict:
@@ -55,12 +56,14 @@ def set_rng_state(state:dict):
 
 # %% ../../nbs/39_train.checkpoint.ipynb #ef2aa768
 def host_copy(
-    model,      # as trained: plain, or wrapped by DDP or FSDP2
+    model,      # as trained: plain, or wrapped by DDP, FSDP2 or DeepSpeed
     optimizer,  # over its parameters
 )->dict:        # 'model' and 'optim', this process's shards, in the host's memory
     "Weights and moments of this moment."
+    stage = DefaultStager(StagingOptions(*[False] * 4)).stage
+    if isinstance(optimizer, ZeroOptimizer): return stage(dict(model=get_model_state_dict(model.module))) | dict(optim=zero_state(optimizer))
     weights, moments = get_state_dict(model, optimizer)
-    return DefaultStager(StagingOptions(*[False] * 4)).stage(dict(model=weights, optim=moments))
+    return stage(dict(model=weights, optim=moments))
 
 # %% ../../nbs/39_train.checkpoint.ipynb #4b947b51
 warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # one process is not a mistake
@@ -133,10 +136,13 @@ def load_checkpoint(
     group=None, # of `background_group`
 ):
     "Weights and optimiser of a checkpoint; ValueError if they are another model's."
-    weights, moments = get_state_dict(model, optimizer)
-    try: dcp.load(dict(model=weights, optim=moments), checkpoint_id=path, process_group=group)
+    zero = isinstance(optimizer, ZeroOptimizer)
+    state = dict(model=get_model_state_dict(model.module)) if zero else dict(zip(('model', 'optim'), get_state_dict(model, optimizer)))
+    try:
+        dcp.load(state, checkpoint_id=path, process_group=group)  # in place
+        if zero: load_zero_state(path, optimizer)
     except CheckpointException as e: raise ValueError(f'{path} does not fit this model ({first_failure(e, path)})') from None
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    if not zero: set_state_dict(model, optimizer, model_state_dict=state['model'], optim_state_dict=state['optim'])
 
 # %% ../../nbs/39_train.checkpoint.ipynb #815dd2ca
 def describe_run(

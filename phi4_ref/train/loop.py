@@ -6,7 +6,7 @@
 __all__ = ['WINDOW', 'FREE', 'TrainSettings', 'lr_at', 'param_groups', 'make_optimizer', 'plain_lm_loss', 'ChunkedCrossEntropy',
            'chunked_cross_entropy', 'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16', 'Objective', 'process_share',
            'own_rows', 'count_tokens', 'train_step', 'scale_gradients', 'is_spike', 'broken_rows', 'name_rows',
-           'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out', 'validate', 'check_compiler',
+           'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out', 'validate', 'check_compiler', 'trackers',
            'make_accelerator', 'gather_bf16', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -37,6 +38,7 @@ from ..model.transformer import ModelConfig, flops_per_token
 from .checkpoint import background_group, describe_run, finish, restore, rng_state, save, set_rng_state
 from .data import StreamRows, share_of
 from .devices import this_device
+from .zero import ZeroOptimizer, asks_for_zero, serve_zero
 
 # %% ../../nbs/41_train.loop.ipynb #ba0873c6
 @dataclass
@@ -208,13 +210,13 @@ def train_step(
     stop:bool=False,  # this process wants to stop after the step
 )->dict:              # loss and metrics per target, grad_norm before clipping, targets, tokens, skipped (0 or 1), stop (anybody wants to)
     "Forward, backward and update for one global batch; FloatingPointError before the update if anything is not finite."
-    sums = {}
+    sums, zero = {}, isinstance(optimizer, ZeroOptimizer)
     for i, micro in enumerate(micros):
-        at_once = i == len(micros) - 1 or accelerator.is_fsdp2
+        last = i == len(micros) - 1
         micro = {k: v.to(accelerator.device) for k, v in micro.items()}
-        with nullcontext() if at_once else accelerator.no_sync(objective):
+        with nullcontext() if last or zero or accelerator.is_fsdp2 else accelerator.no_sync(objective):
             total, count, metrics = objective(micro)
-            accelerator.backward(total)
+            optimizer.backward(total, last) if zero else accelerator.backward(total)
         for k, v in dict(loss=total, targets=count, **metrics).items(): sums[k] = sums.get(k, 0) + torch.as_tensor(v).detach().double()
     values = [*sums.values(), *(torch.as_tensor(float(v), dtype=torch.float64).to(total.device) for v in (sum(map(count_tokens, micros)), stop))]
     row = dict(zip([*sums, 'tokens', 'stop'], accelerator.reduce(torch.stack(values), 'sum').tolist()))
@@ -235,9 +237,15 @@ def scale_gradients(
     grad_clip:float,  # the largest norm allowed after that
 )->float:             # the norm before clipping, of the whole gradient
     "Multiply the gradients by `factor`, and further down to the norm `grad_clip`."
-    grads = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+    zero = isinstance(optimizer, ZeroOptimizer)
+    grads = optimizer.gradients() if zero else [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm) * factor  # FSDP2: over all shards
+    if isinstance(norm, DTensor): norm = norm.full_tensor()  # FSDP2: over all shards
+    if zero:  # over all slices
+        squared = norm.double().square()
+        dist.all_reduce(squared)
+        norm = squared.sqrt()
+    norm = float(norm) * factor
     if math.isfinite(norm): torch._foreach_mul_(grads, factor * min(1., grad_clip / max(norm, 1e-12)))
     return norm
 
@@ -375,19 +383,26 @@ def check_compiler(
         f'launched with dynamo backend inductor, which compiles C++ on a CPU, and there is no {name}: install it, name another C++ compiler in the environment variable CXX, or launch without')
 
 # %% ../../nbs/41_train.loop.ipynb #e2b72de4
+def trackers(
+    name:str,  # `TrainSettings.tracker`
+)->list:       # for Accelerate
+    "The tracker that is meant. ValueError for one that is not installed."
+    known = [str(tracker) for tracker in get_available_trackers()]
+    wanted = [t for t in ['tensorboard'] if t in known] if name == 'auto' else [] if name == 'none' else [name]
+    if set(wanted) - set(known): raise ValueError(f"tracker {name!r} is not installed: choose {', '.join([*known, 'none'])}, or install it")
+    return wanted
+
 def make_accelerator(
     settings:TrainSettings,
     out_dir,         # gets a folder `trackers`, if the tracker writes files
 )->Accelerator:      # as the process was launched; ValueError for a launch that the loop does not serve
     "Accelerate, with its tracker chosen."
-    known = [str(tracker) for tracker in get_available_trackers()]
-    wanted = [t for t in ['tensorboard'] if t in known] if settings.tracker == 'auto' else [] if settings.tracker == 'none' else [settings.tracker]
-    if set(wanted) - set(known): raise ValueError(f"tracker {settings.tracker!r} is not installed: choose {', '.join([*known, 'none'])}, or install it")
-    accelerator = Accelerator(log_with=wanted or None, project_dir=str(out_dir))
+    zero = asks_for_zero()
+    accelerator = Accelerator(log_with=trackers(settings.tracker) or None, project_dir=str(out_dir))
     state = accelerator.state
     if (launched := int(os.environ.get('WORLD_SIZE', 1))) != accelerator.num_processes: raise ValueError(f'{launched} processes were launched and each takes itself for the only one: make an Accelerator() before anything asks for a PartialState()')
     if state.dynamo_plugin.backend == DynamoBackend.INDUCTOR: check_compiler(accelerator.device)
-    if state.distributed_type == DistributedType.DEEPSPEED: raise ValueError('DeepSpeed takes the update out of the loop: launch with phi4_ref/configs/accelerate/fsdp2.yaml, which shards the same')
+    if zero: serve_zero(accelerator)
     if accelerator.mixed_precision not in ('no', 'bf16'): raise ValueError(f'launched with mixed precision {accelerator.mixed_precision!r}: launch without, and set precision')
     if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get('ACCELERATE_USE_FSDP') == 'true':
         state.fsdp_plugin, state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
@@ -426,6 +441,8 @@ def train(
     bf16 = use_bf16(settings, accelerator.device)
     if bf16 and accelerator.is_fsdp2: gather_bf16(accelerator, model)
     objective, optimizer = accelerator.prepare(Objective(model, loss, bf16), plain_optimizer)
+    zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if zero: optimizer = plain_optimizer = ZeroOptimizer(objective)
     group, pending, device = background_group(), None, this_device(accelerator.device)
     state = restore(accelerator, out_dir, objective, plain_optimizer, describe_run(batches, settings, FREE), resume, group)
     accelerator.init_trackers('trackers', init_kwargs=dict(tensorboard=dict(purge_step=state['step'] + 1)))
@@ -457,5 +474,6 @@ def train(
                 if stopped: raise KeyboardInterrupt(f'stopped after step {step + 1}, checkpoint written; the same call continues')
         finally: finish(pending)
     for tracker in accelerator.trackers: tracker.finish()
+    if zero: optimizer.release()
     model.eval()
     return rows

@@ -73,7 +73,8 @@ class Strategy:
     weights:str
     gradients:str
     optimizer:str
-    masters_apart:bool=False    # bf16 weights, float32 masters kept with the optimiser's state
+    masters_apart:bool=False    # the optimiser's state includes a float32 copy of the weights that it updates
+    bf16_weights:bool=False     # weights are held in bf16 for computing
     tensor_parallel:bool=False  # activations are divided like the weights
 
 # %% ../../nbs/46_train.plan.ipynb #cecd22a9
@@ -83,7 +84,7 @@ STRATEGIES = {
     'ZeRO-2': Strategy('one', 'all', 'all', masters_apart=True),
     'HSDP': Strategy('node', 'node', 'node'),
     'FSDP': Strategy('all', 'all', 'all'),
-    'TP+ZeRO-1': Strategy('node', 'node', 'all', masters_apart=True, tensor_parallel=True),
+    'TP+ZeRO-1': Strategy('node', 'node', 'all', masters_apart=True, bf16_weights=True, tensor_parallel=True),
 }
 
 # %% ../../nbs/46_train.plan.ipynb #000b1d18
@@ -98,7 +99,7 @@ def state_bytes(
     "What stays on a GPU for the whole run."
     among, p = dict(one=1, node=min(node, gpus), all=gpus), parameters(shape)['all']
     masters = 4 if strategy.masters_apart else 0
-    return dict(weights=(2 if masters else 4) * p / among[strategy.weights], gradients=gradient_bytes * p / among[strategy.gradients],
+    return dict(weights=(2 if strategy.bf16_weights else 4) * p / among[strategy.weights], gradients=gradient_bytes * p / among[strategy.gradients],
                 optimizer=(masters + 2 * moment_bytes) * p / among[strategy.optimizer])
 
 # %% ../../nbs/46_train.plan.ipynb #264e421c
@@ -240,9 +241,10 @@ def memory(
     "What one GPU holds at the highest moment of a step."
     parts = state_bytes(shape, strategy, gpus, node, gradient_bytes, moment_bytes)
     if strategy == STRATEGIES['DDP'] and gpus > 1: parts['buckets'] = parts['gradients']
-    fsdp = strategy.weights != 'one' and not strategy.masters_apart and gpus > 1
+    if strategy in (STRATEGIES['ZeRO-1'], STRATEGIES['ZeRO-2']): parts['buckets'] = gradient_bytes * min(5e8, parameters(shape)['all'])  # DeepSpeed's default
+    fsdp = strategy.weights != 'one' and not strategy.bf16_weights and gpus > 1
     gathered = ((4 if fsdp else 0) + (gradient_bytes if strategy.gradients != 'one' and gpus > 1 else 0)) * parameters(shape)['layers'] / shape.num_hidden_layers
-    copies = 0 if fsdp or strategy.masters_apart else working_copies(shape)
+    copies = 0 if fsdp or strategy.bf16_weights else working_copies(shape)
     activations = saved_bytes(shape, tokens, checkpointing, copies=0) - 4 * parameters(shape)['output']
     transient = peak_bytes(shape, tokens, checkpointing, copies=copies) - activations + gathered
     split = min(node, gpus) if strategy.tensor_parallel else 1
@@ -294,7 +296,7 @@ def transfer_seconds(
     if name == 'TP+ZeRO-1':
         activations = 4 * shape.num_hidden_layers * 2 * 2 * tokens * shape.hidden_size  # 4 all-reduces a layer, bf16
         return node * k * activations / inside + ((g + 2) * p / among if gpus > node else 0)
-    moved = {'DDP': 2 * g, 'ZeRO-1': g + 2, 'ZeRO-2': k * g + 2, 'FSDP': k * (4 + g)}[name]
+    moved = {'DDP': 2 * g, 'ZeRO-1': 2 * g + 4, 'ZeRO-2': 2 * k * g + 4, 'FSDP': k * (4 + g)}[name]
     return moved * p / whole
 
 # %% ../../nbs/46_train.plan.ipynb #7bc716e1
@@ -322,7 +324,7 @@ def layouts(
     return rows
 
 # %% ../../nbs/46_train.plan.ipynb #307dfc33
-LAUNCHED = ('one GPU', 'DDP', 'FSDP')
+LAUNCHED = ('one GPU', 'DDP', 'ZeRO-1', 'ZeRO-2', 'FSDP')
 
 def recommended(
     rows:list[dict],  # of `layouts`
@@ -483,8 +485,13 @@ def plan(
     gradient_bytes:int=4,    # 2: gradients in bf16
     moment_bytes:int=4,      # 2: AdamW's moments in bf16
 )->Plan:
-    "What a configuration needs on a cluster. ValueError if pretraining's batch cannot be shared."
+    "What a configuration needs on a cluster. ValueError for impossible numbers, and if pretraining's batch cannot be shared."
     if gpus < 1 or not 0 < mfu <= 1: raise ValueError(f'{gpus} GPUs at an MFU of {mfu:g}: take at least one GPU, and an MFU above 0 and at most 1')
+    for name, value in dict(peak_tflops=peak_tflops, memory_gb=memory_gb, node=node, network_gbits=network_gbits).items():
+        if value is not None and not 0 < value < math.inf: raise ValueError(f'{name} {value:g}: give a number above 0')
+    if not 0 <= price < math.inf: raise ValueError(f'price {price:g}: give dollars a GPU hour, 0 or more')
+    for name, value in dict(gradient_bytes=gradient_bytes, moment_bytes=moment_bytes).items():
+        if value not in (2, 4): raise ValueError(f'{name} {value}: give 4 for float32, or 2 for bf16')
     device, shape = choose_device(gpu, peak_tflops, memory_gb), shape_of(config)
     share_batch(config.pretrain, gpus, 'pretrain')
     on = {name: layouts(shape, section, most_gpus(section, gpus), device, node, network_gbits / 8 * 1e9, gradient_bytes, moment_bytes)
@@ -545,7 +552,7 @@ def memory_text(
         [[r['strategy'], 'yes' if r['checkpointing'] else 'no', *(size(r['parts'].get(p, 0)) for p in parts), size(r['total']), 'yes' if r['fits'] else 'no', f'{r["transfer"]:.2f}'] for r in rows])
     where = f"{name}: GB on {'the GPU' if gpus == 1 else 'each of ' + some_gpus(gpus)}, {share['micro']} x {c.context:,} tokens, {share['micro_batches']} forward passes a step, {USABLE * made.device.memory_bytes / 1e9:.0f} GB usable"
     choice = f"recommended: {best['strategy']}{' with activation checkpointing' if best['checkpointing'] else ''}" if best else 'nothing fits'
-    return f'{where}\n{table}\n{choice}' + ('; the loop launches DDP and FSDP, the others stand for comparison' if gpus > 1 else '')
+    return f'{where}\n{table}\n{choice}' + ('; the loop launches DDP, ZeRO-1 and 2 (with DeepSpeed) and FSDP, the others stand for comparison' if gpus > 1 else '')
 
 # %% ../../nbs/46_train.plan.ipynb #f97fa8e8
 def time_text(

@@ -64,7 +64,9 @@ def sft(
     "Fine-tune on chats, loss on the assistant's turns (phi-4 §4.1)."
     model = from_pretrained(model) if isinstance(model, (str, Path)) else model
     examples = [chat_example(tokenizer, row['messages']) for row in conversations]
-    epochs = tokens / sum(len(ids) for ids, _ in examples if len(ids) <= context)
+    lengths = [len(ids) for ids, _ in examples]
+    if not any(length <= context for length in lengths): raise ValueError(f'none of the {len(examples)} chats fits in context={context} tokens' + (f', the shortest has {min(lengths)}: raise it' if lengths else ': give chats'))
+    epochs = tokens / sum(length for length in lengths if length <= context)
     batches = SFTBatches(examples, context, batch_size, epochs, seed)
     rows = train(model, batches, settings, out_dir, save_every=save_every, progress=progress)
     return finish_stage(model, tokenizer, out_dir, rows, save_dtype, epochs=len(batches) * batch_size / len(batches.examples), dropped=batches.dropped)
