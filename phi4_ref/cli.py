@@ -262,11 +262,12 @@ def chat(
 ):
     "Talk to a trained model; an empty line or Ctrl-D ends the conversation."
     def work():
+        from phi4_ref.model.generate import inference
         from phi4_ref.run import open_checkpoint
         folder = Path(run)/"final" if (Path(run)/"final").is_dir() else Path(run)
         if not folder.is_dir(): raise ValueError(f"no directory {run}: give a run directory, such as runs/toy, or a checkpoint directory")
         if not (folder/"config.json").exists(): raise ValueError(f"no model in {run}: " + (f"finish the run with `phi4 run {run}`, or " if (folder/"config.yaml").exists() else "") + "give a checkpoint directory")
-        model, tokenizer = open_checkpoint(folder)
+        model, tokenizer = open_checkpoint(folder, **inference())
         messages = []
         while line := _read_line():
             messages.append({"role": "user", "content": line})

@@ -100,6 +100,7 @@ class Compute(Section):
     "How the model is computed: changes memory and speed, and results only by rounding, so it may change between stages and parts of a run."
     attention: Literal["auto", "eager", "sdpa", "flash"] = "auto"  # auto: the fastest for the device; flash needs flash-attn
     activation_checkpointing: bool | list[Literal["pretrain", "midtrain", "sft", "dpo", "judge"]] = False  # compute each layer again in the backward pass instead of keeping its inner values; a list: in the stages of these sections
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of a finished stage's weights, which the next stage starts from
 
 def holds_for(
     value:bool|list[str],  # of a setting
@@ -107,7 +108,6 @@ def holds_for(
 )->bool:
     "Whether a setting that may name sections holds for this one."
     return section in value if isinstance(value, list) else value
-
 
 # %% ../nbs/01_config.ipynb #917b469e
 class Curate(Section):

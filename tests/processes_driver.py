@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import phi4_ref.train.checkpoint as checkpoint
+import phi4_ref.post.dpo as dpo
 import phi4_ref.train.loop as loop_module
 from phi4_ref.model.transformer import Attention, ModelConfig, Transformer
 from phi4_ref.post.dpo import train_dpo
@@ -114,6 +116,14 @@ def stage(out):
     m, rows = run(out)
     finish_stage(m, None, out, rows)
 
+def odd_stage(out):
+    "No size is a multiple of four processes: shards are padded, and one process may hold none of a matrix."
+    class Fewer(Ragged):
+        def batch(self, step): return {k: v % 61 if k == 'input_ids' else v.where(v < 61, -100) if k == 'labels' else v for k, v in super().batch(step).items()}
+    torch.manual_seed(0)
+    m = Transformer(ModelConfig(vocab_size=61, hidden_size=6, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=9, max_position_embeddings=32))
+    finish_stage(m, None, out, train(m, Fewer(), SETTINGS, out, loss=loss))
+
 def peer(out, adapter):
     "A model of transformers, perhaps with an adapter, trained on single-token pairs; saved as the message of `gathered` says."
     Accelerator()
@@ -135,9 +145,32 @@ def peer(out, adapter):
     torch.save(dict(weights=weights, rows=rows, sharded=shards, refused=refused), Path(out)/'result.pt')
     m.save_pretrained(Path(out)/'model', state_dict=dict(weights))
 
+def preferences(out):
+    "Pairs scored and trained without a reference model; keeps the margins that the training starts from."
+    Accelerator()
+    g, kept, m = torch.Generator().manual_seed(2), [], model()
+    ids = lambda n: torch.randint(0, 64, (n,), generator=g).tolist()
+    pairs = [dict(id=str(i), prompt_ids=ids(3 + i % 8), chosen_ids=ids(1 + i % 2), rejected_ids=ids(1), meta={}) for i in range(150)]
+    class Kept(dpo.PairBatches):
+        def __init__(self, pairs, references, *rest): kept.extend(references); super().__init__(pairs, references, *rest)
+    dpo.PairBatches = Kept
+    rows = train_dpo(m, None, pairs, replace(SETTINGS, skip_sigma=None), out, epochs=1, batch_size=30)
+    keep(out, m, rows)
+    torch.save(kept, Path(out)/f'references_{RANK}.pt')
+
 def llama(out): peer(out, adapter=False)
 
 def lora(out): peer(out, adapter=True)
+
+def search_and_evaluate(out):
+    "Two stages of a run directory, the search in chunks of eight questions."
+    import phi4_ref.post.pts as pts
+    from phi4_ref.config import load_config
+    from phi4_ref.run import run as run_stages
+    pts.search = partial(pts.search, chunk_size=8)
+    config = load_config(Path(out)/'config.yaml', [f'out={out}', 'pts.confirm_samples=20'])
+    run_stages(config, 'pts')
+    run_stages(config, 'eval', force=True)
 
 def poisoned(out):
     try: run(out, Ragged(poison=4), replace(SETTINGS, skip_sigma=None))

@@ -192,10 +192,41 @@ def test_training_prefers_the_chosen_and_resumes_bit_for_bit(tmp_path):
     assert 'third_mass' not in full[0] and full[-1]['accuracy'] == 1
 
 
+@pytest.mark.parametrize('precision', ['float32', 'bf16'])
+@pytest.mark.parametrize('single', [True, False])
+def test_the_policy_is_its_own_reference_before_the_first_step(tmp_path, precision, single):
+    "Without a KL term no second model is needed: the same bits as with a copy, from a loss of ln 2; the copy is given back as it was."
+    pairs, settings, copied = some_pairs(30, single=single), TrainSettings(lr=1e-3, weight_decay=0., precision=precision, tracker='none'), tiny()
+    weights, lie = copy.deepcopy(copied.state_dict()), {k: v.data_ptr() for k, v in copied.state_dict().items()}
+    logs, models = [], []
+    for ref in (None, copied):
+        model = tiny()
+        logs.append(dpo.train_dpo(model, ref, pairs, settings, tmp_path/str(len(logs)), epochs=2, batch_size=30))
+        models.append(model.state_dict())
+    assert all(torch.equal(v, models[1][k]) for k, v in models[0].items()) and [r['loss'] for r in logs[0]] == [r['loss'] for r in logs[1]]
+    assert logs[0][0]['loss'] == pytest.approx(math.log(2), abs=1e-6 if precision == 'float32' else 1e-3) and logs[0][-1]['loss'] < .6
+    assert all(torch.equal(v, weights[k]) and v.data_ptr() == lie[k] for k, v in copied.state_dict().items())
+
+
+@pytest.mark.parametrize('kind', dpo.KINDS)
+def test_a_model_is_lent_with_its_matrices_rounded(kind):
+    "What autocast would round at every use is rounded once, which changes no bit of a margin; a failure inside gives the weights back too."
+    model, pairs = tiny(), some_pairs(10) + some_pairs(4, single=False)
+    before = copy.deepcopy(model.state_dict())
+    plain = dpo.reference_margins(model, pairs, kind, bf16=True)
+    with pytest.raises(KeyError), dpo.placed(model, 'cpu', bf16=True):
+        assert {n for n, w in model.named_parameters() if w.dtype == torch.bfloat16} == {n for n, w in model.named_parameters() if n.endswith('_proj.weight')}
+        assert dpo.reference_margins(model, pairs, kind, bf16=True) == plain
+        raise KeyError
+    assert plain != dpo.reference_margins(model, pairs, kind)
+    assert all(w.dtype == torch.float32 and torch.equal(w, before[n]) for n, w in model.state_dict().items())
+    with dpo.placed(model, 'cpu', bf16=False): assert all(w.dtype == torch.float32 for w in model.parameters())
+
+
 def test_bad_input_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match='did the search find any'): dpo.train_dpo(tiny(), tiny(), [], TrainSettings(lr=1e-4), tmp_path)
     with pytest.raises(ValueError, match='tokens'): dpo.train_dpo(tiny(), tiny(), some_pairs(2), TrainSettings(lr=1e-4), tmp_path, kind='tokens')
-    with pytest.raises(ValueError, match='pass ref'): dpo.train_dpo(tiny(), None, some_pairs(2), TrainSettings(lr=1e-4), tmp_path)
+    with pytest.raises(ValueError, match='pass ref'): dpo.train_dpo(tiny(), None, some_pairs(2), TrainSettings(lr=1e-4), tmp_path, kl_weight=.1)
     with pytest.raises(ValueError, match="'hinge': choose one of sigmoid, ipo"): dpo.preference_loss(.1, loss='hinge')
     for counts in (dict(a=0), dict(a=2, b=-1)):
         for call in (dpo.mixture, dpo.largest_mixture):

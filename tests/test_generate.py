@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.stats import chisquare, kstest
+from torch._subclasses.fake_tensor import FakeTensorMode
 import transformers
 from transformers import AutoModelForCausalLM
 
 import phi4_ref.model.generate as module
-from phi4_ref.model.generate import Decoder, draw, generate, in_batches, logprobs, nucleus_floor, policy, refill, share_prefixes, uniform
+from phi4_ref.model.generate import Decoder, batch_shape, draw, generate, in_batches, inference, logprobs, nucleus_floor, policy, refill, rows_that_fit, share_prefixes, uniform
 from phi4_ref.model.pretrained import save_pretrained
-from phi4_ref.model.transformer import ModelConfig, Transformer
+from phi4_ref.model.transformer import PHI4_14B, ModelConfig, Transformer, sdpa_attention
 
 QUIET = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 CONFIG = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
@@ -224,6 +225,68 @@ def test_bfloat16_weights(model):
     done = generate(rough, ragged(20), max_new_tokens=10)
     assert all(len(c.ids) == 10 for c in done)
     with torch.autocast("cpu", torch.bfloat16): assert all(len(c.ids) == 10 for c in generate(model, ragged(20), max_new_tokens=10))
+
+
+def test_the_policy_of_bfloat16_weights_is_float32(model):
+    "What is drawn from and what is reported are of one distribution that sums to 1, not of one rounded to 8 bits."
+    rough = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        decoder = Decoder(rough, 2, 8)
+        decoder.admit([0, 1], [[1, 2, 3], [4]])
+        ids_R, scores = decoder.sample([0, 1], 1.0, 1.0)
+        assert decoder.cache.k_LBKSD.dtype == torch.bfloat16
+        for row in range(2): assert scores[row] == pytest.approx(decoder.logits_RV[row].double().log_softmax(-1)[ids_R[row]].item(), abs=1e-6)
+        decoder.step(ids_R, [0, 1])
+        probs = policy(decoder.logits_RV, 0.7, 0.9)
+    assert decoder.logits_RV.dtype == probs.dtype == torch.float32 and (probs.sum(-1) - 1).abs().max() < 1e-6
+    scores = [score for c in generate(rough, ragged(20), max_new_tokens=10) for score in c.logprobs]
+    assert np.mean([score == float(torch.tensor(score).bfloat16()) for score in scores]) < 0.1
+
+
+# --- where it runs ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gpu, bf16, launched, then", [(False, True, None, ("cpu", torch.float32)), (True, True, None, ("cuda", torch.bfloat16)), (True, False, None, ("cuda", torch.float32)), (True, True, "true", ("cpu", torch.float32))])
+def test_where_a_model_runs_that_is_not_trained(gpu, bf16, launched, then, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    if launched: monkeypatch.setenv("ACCELERATE_USE_CPU", launched)
+    else: monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    found = inference()
+    assert (found["device"].type, found["dtype"]) == then and found["device"].index == (3 if then[0] == "cuda" else None)
+
+
+def test_rows_that_fit_into_memory():
+    "phi-4 beside its 29 GB: what is taken, with what is put aside, is never more than there is, and another row would be."
+    slot = 2 * 40 * 10 * 128 * 2
+    for free in (8e9, 20e9, 50e9, 112e9):
+        for length in (1024, 4096, 16_384):
+            rows = rows_that_fit(PHI4_14B, length, int(free))
+            taken = lambda rows: rows * (length * slot + 40 * 100_352) + 2 * 16_384 * slot
+            assert rows == 1 or taken(rows) <= 0.9 * free < taken(rows + 1)
+    assert rows_that_fit(PHI4_14B, 1024, 50 * 10**9) > 150 and rows_that_fit(PHI4_14B, 4096, 10**9) == 1
+    assert rows_that_fit(PHI4_14B, 4096, 50 * 10**9, number_bytes=4) <= rows_that_fit(PHI4_14B, 4096, 50 * 10**9) // 2
+
+
+def test_a_gpus_batch_is_what_fits(model, monkeypatch):
+    "As many rows as fit at the greatest length, made at that length; on a CPU all rows, with a cache that grows."
+    assert batch_shape(model, 256, 40, 128) == (256, 40)
+    monkeypatch.setattr(module, "free_bytes", lambda device: 10**7)
+    class OnGPU(Transformer):
+        def parameters(self): yield torch.empty(1, device="cuda")
+    with FakeTensorMode():  # tensors of a GPU, without numbers in them
+        fake = OnGPU(CONFIG)
+        rows, length = batch_shape(fake, 256, 40, 128)
+        assert length == 128 and rows == rows_that_fit(CONFIG, 128, 10**7, 4) < 256
+        assert batch_shape(fake, 3, 40, 128) == (3, 128)
+
+
+def test_a_step_takes_the_layout_of_a_gpus_kernel(monkeypatch):
+    "The memory-efficient kernel gives its output as (batch, query, head, dimension), transposed."
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda q, k, v, mask: efficient(q, k, v, mask.expand(*q.shape[:3], -1), False)[0])
+    q, k = torch.empty(2, 6, 1, 8, device="meta"), torch.empty(2, 2, 5, 8, device="meta")
+    assert sdpa_attention(q, k, k, torch.zeros(2, 1, 5, device="meta")).shape == q.shape
 
 
 def test_interrupting_changes_nothing(model, monkeypatch):

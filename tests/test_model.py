@@ -82,6 +82,16 @@ def test_bfloat16_checkpoint(tmp_path):
     assert distance(theirs, ours, ids_of(2, 100)) < 0.15
 
 
+def test_saved_in_another_dtype(tmp_path):
+    "Rounded in the files, and the model as it was."
+    model = build()
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    save_pretrained(model, tmp_path / "m", dtype=torch.bfloat16)
+    assert AutoConfig.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
+    back = from_pretrained(tmp_path / "m").state_dict()
+    for name, w in model.state_dict().items(): assert torch.equal(w, before[name]) and torch.equal(back[name], w.bfloat16().float())
+
+
 def test_files_and_ids(tmp_path):
     save_pretrained(build(), tmp_path / "m")
     hf = json.loads((tmp_path / "m/config.json").read_text())

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from phi4_ref.config import CONFIGS
+from phi4_ref.synth.llm import ReplyStore
 from phi4_ref.train.loop import computes_bf16
 from phi4_ref.train.zero import asks_for_zero
 
@@ -88,6 +89,22 @@ def test_a_sharded_stage_ends_in_hugging_face_layout(one, kind, tmp_path):
     assert not (tmp_path/'checkpoints').exists()
     weights = from_pretrained(tmp_path).state_dict()
     assert all(torch.allclose(v, weights[k], atol=2e-5) for k, v in one['weights'].items())
+
+def test_uneven_shards_end_in_hugging_face_layout(tmp_path):
+    from phi4_ref.model.pretrained import from_pretrained
+    launch(None, 'odd_stage', tmp_path/'one')
+    launch('fsdp2', 'odd_stage', tmp_path/'four', processes=4)
+    one, four = (from_pretrained(tmp_path/n).state_dict() for n in ('one', 'four'))
+    assert all(torch.allclose(v, four[k], atol=2e-5) for k, v in one.items())
+
+@pytest.mark.parametrize('kind', ['ddp', 'fsdp2'])
+def test_pairs_are_scored_by_all_processes(kind, tmp_path):
+    "Each scores a part, every one has the margins of a single process to the bit, and the first loss is ln 2."
+    one, two = launch(None, 'preferences', tmp_path/'one'), launch(kind, 'preferences', tmp_path/'two')
+    alone, *both = (torch.load(tmp_path/name) for name in ('one/references_0.pt', 'two/references_0.pt', 'two/references_1.pt'))
+    assert len(alone) == 150 and 0. not in alone and all(each == alone for each in both)
+    assert two['rows'][0]['loss'] == pytest.approx(np.log(2), abs=1e-6)
+    assert_same(one, two, 1e-4)
 
 @pytest.mark.parametrize('kind', ['llama', pytest.param('lora', marks=pytest.mark.skipif(find_spec('peft') is None, reason='peft is not installed: pip install phi4_ref[peft]'))])
 def test_a_model_of_transformers_is_sharded(kind, tmp_path):
@@ -187,6 +204,22 @@ def test_configurations_are_accelerates():
         config, settings = load_config_from_file(str(SHIPPED/f'{name}.yaml')), yaml.safe_load((SHIPPED/f'{name}.yaml').read_text())
         assert config.mixed_precision == 'no' and config.num_processes == 8
         assert settings.get('fsdp_config', {}).get('fsdp_version', 2) == 2
+
+def test_search_and_evaluation_are_shared(tiny_run, tmp_path):
+    "Two processes find and answer what one does, in its order; the tests of the search are made over all candidates together."
+    from phi4_ref.records import load, load_json
+    from test_run import begun
+    one, two = (begun(tiny_run, tmp_path/n, 'final') for n in ('one', 'two'))
+    for folder, kind in ((one, None), (two, 'ddp')):
+        shutil.rmtree(folder/'pts')
+        launch(kind, 'search_and_evaluate', folder)
+    counts = load_json(one/'pts'/'stats.json')
+    assert counts['questions'] > 16 and counts['candidates'] and counts == load_json(two/'pts'/'stats.json')
+    for name in ('pts/trajectories.json', 'pts/pairs.parquet', 'eval/items.parquet'):
+        read = load if name.endswith('parquet') else load_json
+        assert read(one/name) == read(two/name), name
+    drawn = [len(ReplyStore(two/'pts'/name)) for name in ('rollouts.sqlite', 'rollouts-1.sqlite')]
+    assert min(drawn) > 0 and sum(drawn) >= len(ReplyStore(one/'pts'/'rollouts.sqlite'))  # the trace's question may be the other's, and is drawn again
 
 def test_the_command_under_accelerate(tiny_run, tmp_path):
     "A stage that trains is shared; one that does not says that it belongs to one process."

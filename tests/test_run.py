@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from phi4_ref import artifact, cli
 from phi4_ref.artifact import StageRefused
 from phi4_ref.config import load_config
+from phi4_ref.model import generate, pretrained
 from phi4_ref.model.tokenizer import chat_ids
 import phi4_ref.run as run_module
 from phi4_ref.run import chosen, computed, open_checkpoint, run
@@ -198,6 +199,30 @@ def test_every_stage_with_a_model_reads_compute(tiny_run, tmp_path, stage):
     stage = next(s for s in run_module.STAGES if s.name == stage)
     shutil.copytree(tiny_run/"pretrain"/"shards", tmp_path/"shards")
     with pytest.raises(ValueError, match="flash-attn"): stage.make(stage.view(config), {name: tiny_run/name for name in stage.inputs}, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("collect", "curate", "synth", "pretrain", "report")])
+def test_what_generates_runs_where_inference_says(tiny_run, tmp_path, monkeypatch, stage):
+    "And what trains reads float32 weights on the host."
+    class Reached(Exception): pass
+    def reached(folder, **how): raise Reached(how)
+    monkeypatch.setattr(generate, "inference", lambda: dict(device="meta", dtype=torch.bfloat16))
+    monkeypatch.setattr(pretrained, "from_pretrained", reached)
+    stage = next(s for s in run_module.STAGES if s.name == stage)
+    shutil.copytree(tiny_run/"pretrain"/"shards", tmp_path/"shards")
+    with pytest.raises(Reached) as found: stage.make(stage.view(config_of(tiny_run)), {name: tiny_run/name for name in stage.inputs}, tmp_path)
+    assert ("dtype" in found.value.args[0]) == (found.value.args[0].get("device") == "meta") == (stage.name in ("sft_data", "pts", "judge", "eval"))
+
+
+def test_a_stage_saved_in_bfloat16_is_rounded_and_nothing_else(tiny_run, tmp_path):
+    "Half the bytes; the next stage reads the rounded weights as float32."
+    folder = begun(tiny_run, tmp_path/"run", "midtrain")
+    status, out, err = phi4("sft", folder, "compute.save_dtype=bfloat16")
+    assert status == 0, err
+    half, whole = (path/"sft"/"model.safetensors" for path in (folder, tiny_run))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size and json.loads((folder/"sft"/"config.json").read_text())["dtype"] == "bfloat16"
+    rounded, exact = (open_checkpoint(path/"sft")[0].state_dict() for path in (folder, tiny_run))
+    assert all(w.dtype == torch.float32 and torch.equal(w, exact[name].bfloat16().float()) for name, w in rounded.items())
 
 
 def test_two_processes_in_one_directory(tiny_run, tmp_path):

@@ -98,6 +98,7 @@ def save_pretrained(
     path,            # directory to make; an older checkpoint there is replaced, anything else is refused
     tokenizer=None,  # saved beside the weights, with its chat template; its bos, eos and pad ids go into config.json
     max_shard_size="5GB",  # weights beyond it are split into files of at most this size (bytes, or as here)
+    dtype=None,      # to save the weights in; None: as they are
 )->Path:             # the directory
     "Write a checkpoint in Hugging Face layout, complete or not at all."
     path, config = Path(os.path.abspath(path)), model.config
@@ -107,10 +108,10 @@ def save_pretrained(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = model.state_dict()
+    weights = {name: weight.to(dtype or weight.dtype) for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings: del weights["lm_head.weight"]
     save_torch_state_dict(weights, temporary, max_shard_size=max_shard_size)
-    write_json(temporary / "config.json", to_hf_config(config, model.lm_head.weight.dtype))
+    write_json(temporary / "config.json", to_hf_config(config, dtype or model.lm_head.weight.dtype))
     ends = [i for i in (config.eos_token_id, config.bos_token_id) if i is not None]
     write_json(temporary / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": ends or None, "pad_token_id": config.pad_token_id})
     if tokenizer: tokenizer.save_pretrained(temporary)

@@ -108,7 +108,7 @@ def sdpa_attention(q_BHTD:Tensor, k_BKSD:Tensor, v_BKSD:Tensor, mask_BTS:Tensor=
         if not grouped: k_BKSD, v_BKSD = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], 1) for x in (k_BKSD, v_BKSD))
         return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, mask_BTS[:, None], enable_gqa=grouped)
     q_BKGD = q_BHTD.reshape(*k_BKSD.shape[:2], -1, k_BKSD.shape[-1])
-    return F.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, mask_BTS[:, None]).view_as(q_BHTD)
+    return F.scaled_dot_product_attention(q_BKGD, k_BKSD, v_BKSD, mask_BTS[:, None]).reshape(q_BHTD.shape)  # a GPU's kernel lays heads and queries out the other way round
 
 # %% ../../nbs/11_model.transformer.ipynb #3e3dc075
 def blocked_attention(q_BHTD:Tensor, k_BKSD:Tensor, v_BKSD:Tensor, block:int=64)->Tensor:

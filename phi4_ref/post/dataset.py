@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import yaml
 
 from ..data.collect import as_question, needs_answer, stream_rows
-from ..model.generate import logprobs
+from ..model.generate import inference, logprobs
 from ..model.tokenizer import text_ids
 from ..records import PREFERENCE, load, save_json
 from .oracle import right_choice
@@ -183,12 +182,12 @@ def pts_dataset(
 
 def open_model(
     path:str # directory or hub name
-):           # (model, tokenizer) in float32 on a CPU, bfloat16 on a GPU
+):           # (model, tokenizer) as `inference` says
     "Any causal language model that transformers can load."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if Path(path).is_absolute() and not Path(path).is_dir(): raise ValueError(f'no directory {path!r}: give a model directory or the name of a model on the hub')
-    gpu = torch.cuda.is_available()
-    try: return (AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if gpu else torch.float32).to('cuda' if gpu else 'cpu').eval(), AutoTokenizer.from_pretrained(path))
+    where = inference()
+    try: return (AutoModelForCausalLM.from_pretrained(path, dtype=where['dtype']).to(where['device']).eval(), AutoTokenizer.from_pretrained(path))
     except (OSError, ValueError) as e: raise ValueError(f'cannot load a causal language model from {path!r}: {str(e).splitlines()[0]}' + ('' if Path(path).exists() else '; there is no directory of that name, so it was looked for on the hub')) from e
 
 def read_questions(

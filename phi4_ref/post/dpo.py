@@ -8,19 +8,20 @@ __all__ = ['LOSSES', 'PER_TOKEN', 'COUNTS', 'TESTED', 'GROUP', 'LOGITS', 'KINDS'
            'row_states', 'check_output', 'without_dropout', 'in_chunks', 'token_logprobs', 'answer_logprobs',
            'token_margins', 'pair_probs', 'third_mass', 'kl_divergence', 'merge_pair', 'as_reference', 'prefix_states',
            'drift', 'flat_pairs', 'margins', 'preference_loss', 'trajectories', 'collate_tokens', 'collate_answers',
-           'pair_rows', 'PairBatches', 'reference_margins', 'shuffle_labels', 'mix', 'largest_mixture', 'mixture',
-           'chat_pair', 'check_pairs', 'check_training', 'train_dpo']
+           'pair_rows', 'PairBatches', 'placed', 'reference_margins', 'shuffle_labels', 'mix', 'largest_mixture',
+           'mixture', 'chat_pair', 'check_pairs', 'check_training', 'train_dpo']
 
 # %% ../../nbs/52_post.dpo.ipynb #094a3570
 import copy
 import math
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import reduce
 from torch.utils.checkpoint import checkpoint
 
 from ..model.generate import share_prefixes
@@ -256,7 +257,7 @@ def as_reference(
     if ref is not None: yield ref
     elif hasattr(model, 'disable_adapter'):
         with model.disable_adapter(): yield model
-    else: raise ValueError(f'no reference for {type(model).__name__}: pass ref, a frozen copy of the model, or train an adapter of peft, which can be switched off')
+    else: raise ValueError(f'no reference for {type(model).__name__}: pass ref, a frozen copy of the model, or train an adapter of peft, which can be switched off, or leave out the KL term')
 
 # %% ../../nbs/52_post.dpo.ipynb #d9c4e7ea
 def prefix_states(
@@ -430,6 +431,22 @@ class PairBatches:
         picked = [rows[epoch_order(n, 'answers' if group else 'tokens', epoch, self.seed)[j]] for epoch, j in at]
         return (collate_answers if group else collate_tokens)(picked)
 
+# %% ../../nbs/52_post.dpo.ipynb #d3b8a540
+@contextmanager
+def placed(
+    model,     # as for `hidden`
+    device,    # to compute on
+    bf16:bool  # under autocast: bfloat16 for what it would round anyway, the matrices but that of the output, which `token_margins` reads in float32
+):             # yields the model
+    "Lend a model to a device; after the block its weights lie where they lay, as they were."
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output_layer(model)] if bf16 else []
+    rounded, kept = set(map(id, matrices)), [(t, t.data) for t in (*model.parameters(), *model.buffers())]
+    try:
+        for t, data in kept: t.data = data.to(device, torch.bfloat16 if id(t) in rounded else None)
+        yield model
+    finally:
+        for t, data in kept: t.data = data
+
 # %% ../../nbs/52_post.dpo.ipynb #4be9a5d6
 @torch.no_grad()
 def reference_margins(
@@ -438,16 +455,18 @@ def reference_margins(
     kind:str='token',     # as for `pair_rows`
     bf16:bool=False,      # compute as the training will
     batch_size:int=32,    # rows scored together
-    per_token:bool=False  # as for `margins`
-)->list[float]:           # log ref(chosen) - log ref(rejected), nats
+    per_token:bool=False, # as for `margins`
+    rank:int=0, processes:int=1 # score every n-th batch only
+)->list[float]:           # log ref(chosen) - log ref(rejected), nats; 0 for what other processes score
     "Score every pair once under the reference."
-    out, device = [0.] * len(pairs), output_layer(ref).weight.device
+    out, device, parts = [0.] * len(pairs), output_layer(ref).weight.device, []
     for rows, collate in zip(pair_rows(pairs, kind), (collate_tokens, collate_answers)):
         rows = sorted(rows, key=lambda row: len(pairs[row[-1]]['prompt_ids']))
-        for part in (rows[at:at + batch_size] for at in range(0, len(rows), batch_size)):
-            batch = {k: v.to(device) for k, v in collate([[pairs[i] for i in row] for row in part]).items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): margin_N = margins(ref, batch, per_token)[0]
-            for i, m in zip([i for row in part for i in row], margin_N.tolist()): out[i] = m
+        parts += [(collate, rows[at:at + batch_size]) for at in range(0, len(rows), batch_size)]
+    for collate, part in parts[rank::processes]:
+        batch = {k: v.to(device) for k, v in collate([[pairs[i] for i in row] for row in part]).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16): margin_N = margins(ref, batch, per_token)[0]
+        for i, m in zip([i for row in part for i in row], margin_N.tolist()): out[i] = m
     return out
 
 # %% ../../nbs/52_post.dpo.ipynb #a5608cf3
@@ -542,7 +561,7 @@ def check_training(
 # %% ../../nbs/52_post.dpo.ipynb #a5d2dd1f
 def train_dpo(
     model,                  # the policy, trained in place, its dropout off: `Transformer`, a causal language model of `transformers`, or either with an adapter of peft
-    ref,                    # the frozen reference, usually a copy of the policy before training; None: the policy with its adapter off
+    ref,                    # the frozen reference, usually a copy of the policy before training; None: the policy with its adapter off, or, without an adapter and a KL term, as it is now
     pairs:list[dict],       # PREFERENCE rows with ids
     settings:TrainSettings, # learning rate, warm-up, precision, seed
     out_dir,                # log and checkpoints
@@ -565,9 +584,14 @@ def train_dpo(
     check_pairs(pairs, output_layer(model).weight.shape[0])
     wrong = [pair_noise(r) if label_smoothing == 'measured' else label_smoothing for r in pairs] if loss in ('cdpo', 'robust') else [0.] * len(pairs)
     if loss == 'robust' and max(wrong) >= .5: raise ValueError(f"pair {pairs[wrong.index(max(wrong))]['id']!r} is wrong with probability {max(wrong):.2f}: the robust loss needs less than 1/2, so leave the pair out or set label_smoothing")
-    objective, device = preference_loss(beta, ref, kl_weight, loss, gamma, nll_weight), PartialState().device
-    with as_reference(model, ref) as frozen:
-        references = [0.] * len(pairs) if loss == 'simpo' else reference_margins(frozen.to(device).eval(), pairs, kind, use_bf16(settings, device), per_token=loss in PER_TOKEN)
+    objective, state, bf16 = preference_loss(beta, ref, kl_weight, loss, gamma, nll_weight), PartialState(), use_bf16(settings, PartialState().device)
+    itself, references = ref is None and not kl_weight and not hasattr(model, 'disable_adapter'), [0.] * len(pairs)
+    with nullcontext(model) if itself else as_reference(model, ref) as frozen:
+        if loss != 'simpo':
+            with placed(frozen.eval(), state.device, bf16):
+                own = reference_margins(frozen, pairs, kind, bf16, per_token=loss in PER_TOKEN, rank=state.process_index, processes=state.num_processes)
+            references = reduce(torch.tensor(own, dtype=torch.float64, device=state.device), 'sum').tolist()
+    if kl_weight and ref is not None: ref.to(state.device)
     batches = PairBatches(pairs, references, batch_size, epochs, settings.seed, kind, wrong)
     batches.describe = lambda: dict(preference=dict(loss=loss, beta=beta, gamma=gamma, nll_weight=nll_weight, kl_weight=kl_weight)) # a run is not continued with another loss
     return train(model, batches, settings, out_dir, loss=objective)

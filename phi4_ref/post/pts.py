@@ -549,21 +549,26 @@ def search(
     margin:float=None,       # change that a confirmed pivot must exceed; None: half of p_gap
     fdr:float=.05,           # false discovery rate among the confirmed, 0..1
     seed:int=0,
-    chunk_size:int=50        # questions searched together
+    chunk_size:int=50,       # questions searched together
+    team=None                # `train.checkpoint.Team`: its processes share the chunks, and the first returns what all have found
 )->tuple[list[dict], list[dict], dict]: # PREFERENCE rows, trajectories, counts
     "Pivotal token search over a set of questions (phi-4 §4.3, Figure 4)."
     check_settings(dict(n_samples=n_samples, filter_samples=filter_samples, trajectories=trajectories, chunk_size=chunk_size, max_total=max_total), p_gap, band, segments, split, confirm_samples, margin, fdr)
     check_questions(questions, prompts, oracle, max_total)
     pairs, verdicts, rows, counts, sampling = [], [], [], Counter(), Sampling(sampler, tokenizer, oracle, max_total, seed)
-    for start in tqdm(range(0, len(questions), chunk_size), desc='pts', unit='chunk', delay=2, leave=False):
-        chunk = search_chunk(questions[start:start + chunk_size], prompts[start:start + chunk_size], sampling, n_samples, filter_samples, trajectories,
-                             p_gap, band, segments, split, confirm_samples, p_gap / 2 if margin is None else margin, fdr, fresh)
+    starts, found, totals = range(0, len(questions), chunk_size), {}, Counter()
+    for start in tqdm(team.own(starts) if team else starts, desc='pts', unit='chunk', delay=2, leave=False):
+        found[start] = search_chunk(questions[start:start + chunk_size], prompts[start:start + chunk_size], sampling, n_samples, filter_samples, trajectories,
+                                    p_gap, band, segments, split, confirm_samples, p_gap / 2 if margin is None else margin, fdr, fresh)
+        if len(found) == 1 and sampling.totals['oracle_errors'] == sampling.totals['rollouts']: raise ValueError(f"the oracle {oracle_name(oracle)!r} failed on all {sampling.totals['rollouts']} completions of the first questions: the warning above says how")
+    everywhere = team.gather((found, sampling.totals)) if team else [(found, sampling.totals)]
+    for _, drawn in everywhere: totals.update(drawn)
+    for _, chunk in sorted((item for chunks, _ in everywhere for item in chunks.items()), key=lambda item: item[0]):
         for total, part in zip((pairs, verdicts, rows), chunk): total += part
         counts.update(chunk[3])
-        if not start and sampling.totals['oracle_errors'] == sampling.totals['rollouts']: raise ValueError(f"the oracle {oracle_name(oracle)!r} failed on all {sampling.totals['rollouts']} completions of the first questions: the warning above says how")
     counts['tested_tokens'] = tested_tokens(counts)
     if confirm_samples: pairs, counts['null_pairs'] = confirmed(pairs, verdicts, fdr, seed, 0 if fresh else counts['tested_tokens'])
-    return pairs, rows, counts | dict(pairs=len(pairs), **sampling.totals)
+    return pairs, rows, counts | dict(pairs=len(pairs), **totals)
 
 def confirmed(
     pairs:list[dict], verdicts:list[dict], # candidate rows and their tests

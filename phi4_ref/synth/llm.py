@@ -332,14 +332,18 @@ class LocalChat:
     "A `transformers` causal language model with a chat template as an `LLM`."
     def __init__(
         self,
-        model,               # a model directory or hub name, or a loaded model (whose weights its name must identify)
+        model,               # a model directory or hub name, which goes to a GPU as `inference` says; or a loaded model (whose weights its name must identify)
         tokenizer=None,      # a loaded tokenizer; None: the one saved beside the model
         batch_size:int=16,   # conversations generated together; does not change the replies
     ):
         import transformers as hf
+        from phi4_ref.model.generate import inference
         self.name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
         try:
-            self.model = (hf.AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model).eval()
+            if isinstance(model, str):
+                where = inference()
+                model = hf.AutoModelForCausalLM.from_pretrained(model, dtype=where["dtype"] if where["device"].type == "cuda" else "auto").to(where["device"])
+            self.model = model.eval()
             self.tokenizer = tokenizer or hf.AutoTokenizer.from_pretrained(self.name)
         except (OSError, ValueError) as error: raise ValueError(f"cannot load a language model and its tokenizer from {self.name!r}: {str(error).splitlines()[0]}; give a model directory or the name of a model on the hub") from error
         if not self.tokenizer.chat_template:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'host_copy', 'first_failure', 'write_checkpoint', 'read_state', 'latest_checkpoint',
-           'load_checkpoint', 'describe_run', 'check_same_run', 'background_group', 'save', 'finish', 'restore',
+           'load_checkpoint', 'describe_run', 'check_same_run', 'background_group', 'Team', 'save', 'finish', 'restore',
            'gathered']
 
 # %% ../../nbs/39_train.checkpoint.ipynb #5efe7ca3
@@ -18,6 +18,7 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,24 @@ def background_group():
     "A process group for writing beside the training; None for a single process."
     return dist.new_group(backend='gloo') if dist.is_initialized() and dist.get_world_size() > 1 else None
 
+# %% ../../nbs/39_train.checkpoint.ipynb #f70a3b8d
+class Team:
+    "The processes of a launch, which share questions; without one, a team of one."
+    def __init__(self):
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+        self.group = None if alone else dist.new_group(backend='gloo', timeout=timedelta(days=30))
+
+    def own(self, rows):
+        "This process's share: every n-th."
+        return rows[self.rank::self.size]
+
+    def gather(self, value)->list:
+        "The values of all processes, in their order, on the first; on the others nothing."
+        values = [value] * self.size if self.rank == 0 else None
+        if self.size > 1: dist.gather_object(value, values, group=self.group)
+        return values or []
+
 # %% ../../nbs/39_train.checkpoint.ipynb #b397a087
 def save(
     accelerator,    # accelerate.Accelerator
@@ -235,5 +254,5 @@ def gathered(
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank(): return None
     with torch.device('meta'): whole = type(model)(model.config)
-    whole.load_state_dict(weights, assign=True)
+    whole.load_state_dict({k: w.clone() if w.untyped_storage().nbytes() > w.nbytes else w for k, w in weights.items()}, assign=True)  # parts of padded storage, which no file can hold
     return whole

@@ -73,6 +73,7 @@ def midtrain(
     document_mask:bool=False,  # as in `pretrain`
     seed:int=0,              # of the order of the data
     save_every:int=100,      # steps between checkpoints
+    save_dtype:str=None,     # as in `finish_stage`
     progress:bool=None,      # as in `train`
 )->dict:                     # steps, tokens, seconds, losses, and the mixture as it was read
     "Extend the context on long documents and recall tokens (phi-4 §3.3)."
@@ -84,4 +85,4 @@ def midtrain(
     batches = MixtureBatches(stores, recall_mixture(fractions, long_fraction), context, batch_size, steps, seed, whole=('long',),
                              document_end=end_of_document(tokenizer) if document_mask else None)
     rows = train(raise_rope(model, rope_theta, context), batches, settings, out_dir, save_every=save_every, progress=progress)
-    return finish_stage(model, tokenizer, out_dir, rows, mixture=batches.epochs())
+    return finish_stage(model, tokenizer, out_dir, rows, save_dtype, mixture=batches.epochs())

@@ -26,13 +26,14 @@ def finish_stage(
     tokenizer,
     out_dir,    # receives the checkpoint; its working checkpoints go
     rows:list,  # of the log, from `train`
+    save_dtype:str=None,  # 'bfloat16': round the weights to it; None: as they are
     **more,     # further counts of the stage
 )->dict:        # steps, tokens, seconds, first and last loss, and `more`
     "Leave a stage's directory holding a Hugging Face checkpoint and the log."
     state, out_dir, model = PartialState(), Path(out_dir), gathered(model)
     if state.is_main_process:
         for left in [*out_dir.glob('.unfinished.*'), out_dir/'unfinished']: shutil.rmtree(left, ignore_errors=True)  # of a process that was killed here
-        save_pretrained(model, out_dir/'unfinished', tokenizer)
+        save_pretrained(model, out_dir/'unfinished', tokenizer, dtype=save_dtype and getattr(torch, save_dtype))
         for file in sorted((out_dir/'unfinished').iterdir()): os.replace(file, out_dir/file.name)
         (out_dir/'unfinished').rmdir()
         shutil.rmtree(out_dir/'checkpoints', ignore_errors=True)
@@ -57,6 +58,7 @@ def pretrain(
     document_mask:bool=False,  # keep the documents of a row from seeing each other (the paper does not say)
     attention:str='auto', activation_checkpointing:bool=False,  # as for `Transformer`
     save_every:int=100,      # steps between checkpoints
+    save_dtype:str=None,     # as in `finish_stage`
     progress:bool=None,      # as in `train`
 )->dict:                     # steps, tokens, seconds, losses, and the mixture as it was read
     "Pretrain a model on a mixture of sources (phi-4 §3)."
@@ -68,4 +70,4 @@ def pretrain(
     torch.manual_seed(seed)
     model = Transformer(config, attention, activation_checkpointing)
     rows = train(model, batches, settings, out_dir, validation=validation, save_every=save_every, progress=progress)
-    return finish_stage(model, tokenizer, out_dir, rows, mixture=batches.epochs())
+    return finish_stage(model, tokenizer, out_dir, rows, save_dtype, mixture=batches.epochs())

@@ -61,6 +61,7 @@ def sft(
     pack:bool=False,         # several chats share a row of `context` tokens, none of which sees another; False: a chat has a row
     seed:int=0,              # of the order of the data
     save_every:int=100,      # steps between checkpoints
+    save_dtype:str=None,     # as in `finish_stage`
     progress:bool=None,      # as in `train`
 )->dict:                     # steps, tokens, seconds, losses, epochs, chats left out
     "Fine-tune on chats, loss on the assistant's turns (phi-4 §4.1)."
@@ -71,4 +72,4 @@ def sft(
     epochs = tokens / sum(length for length in lengths if length <= context)
     batches = SFTBatches(examples, context, batch_size, epochs, seed, pack)
     rows = train(model, batches, settings, out_dir, save_every=save_every, progress=progress)
-    return finish_stage(model, tokenizer, out_dir, rows, epochs=len(batches) * batch_size / len(batches.rows), dropped=batches.dropped)
+    return finish_stage(model, tokenizer, out_dir, rows, save_dtype, epochs=len(batches) * batch_size / len(batches.rows), dropped=batches.dropped)
