@@ -143,6 +143,7 @@ def draw_figure3(
     figure3_page(row["pieces"], row["trace"], row["logprobs"], p_gap, prompt=row["query"], path=out/"figure3.html")
     return out/"figure3.html"
 
+# %% ../nbs/71_cli.ipynb #8e1f2a35
 @app.command(help="Pivotal token search (section 4.3, Figure 4): of a run, or of any model with --model, --data and --out.")
 def pts(
     context:typer.Context,
@@ -199,7 +200,7 @@ def plan(
     network_gbits:Annotated[float, typer.Option(help="Network of each GPU between machines.")]=400,
     gradient_bytes:Annotated[int, typer.Option(help="2 for gradients in bf16.")]=4,
     moment_bytes:Annotated[int, typer.Option(help="2 for AdamW's moments in bf16.")]=4,
-    engines:Annotated[int, typer.Option(help="GPUs that sample for pivotal token search, behind an endpoint if more than one.")]=1,
+    engines:Annotated[int, typer.Option(help="GPUs that sample for pivotal token search.")]=1,
     hop_us:Annotated[float, typer.Option(help="Microseconds of a hop between GPUs of a machine.")]=3.4,
     network_hop_us:Annotated[float, typer.Option(help="Microseconds of a hop between machines.")]=14,
 ):

@@ -9,7 +9,7 @@ curate.annotations=60 synth.vote_on=120 synth.worked=100 synth.reversals=20 synt
 model.hidden_size=64 model.num_hidden_layers=2 model.num_attention_heads=4 model.vocab_size=512 model.intermediate_size=128
 pretrain.tokens=100000 pretrain.batch_size=8 pretrain.micro_batch_size=8 pretrain.lr=5e-3 pretrain.save_every=10
 midtrain.tokens=8192 midtrain.batch_size=4 midtrain.micro_batch_size=4
-sft.tokens=60000 sft.batch_size=8 sft.micro_batch_size=8 sft.lr=3e-3 sft_data.questions=10 sft_data.refusal_questions=20 sft_data.refusal_samples=2 sft.save_every=20
+sft.tokens=80000 sft.batch_size=8 sft.micro_batch_size=8 sft.lr=3e-3 sft_data.questions=10 sft_data.refusal_questions=20 sft_data.refusal_samples=2 sft.save_every=20
 pts.questions=40 pts.low=0.01 pts.high=0.99 pts.p_gap=0.1 pts.confirm_samples=0 dpo.epochs=1 judge.prompts=12
 evaluate.samples=1 evaluate.items=6 evaluate.max_new_tokens=24""".split()
 

@@ -143,6 +143,7 @@ def trace_one(
     shown |= dict(trace=trace(question, shown, sampler, tokenizer, **settings), pieces=[tokenizer.decode([t]) for t in shown['tokens']], query=question['question'])
     return trajectories
 
+# %% ../../nbs/55_post.dataset.ipynb #556c8d9d
 def pts_dataset(
     model,                # a causal language model of `transformers`, or a `Transformer`
     tokenizer,
@@ -180,6 +181,7 @@ def pts_dataset(
         save_json(Path(out)/'stats.json', counts)
     return counts
 
+# %% ../../nbs/55_post.dataset.ipynb #556c8d9c
 def open_model(
     path:str # directory or hub name
 ):           # (model, tokenizer) as `inference` says

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'TAG_START', 'ESCAPED_START', 'LLM', 'derive_seed', 'occurrences', 'tag', 'untag', 'prompt', 'visible',
-           'parse_json', 'ask', 'parse_text', 'parse_code', 'ask_json', 'ReplyStore', 'Stored', 'OpenAIChat',
-           'GumbelNoise', 'LocalChat']
+           'parse_json', 'ask', 'parse_text', 'parse_code', 'ask_json', 'ReplyStore', 'Stored', 'endpoint_advice',
+           'OpenAIChat', 'GumbelNoise', 'LocalChat']
 
 # %% ../../nbs/30_synth.llm.ipynb #fd115a72
 import hashlib
@@ -240,6 +240,20 @@ class Stored:
         for i in missing: groups.setdefault(copies[i], []).append(i)
         return [group[s:s + self.chunk] for group in groups.values() for s in range(0, len(group), self.chunk)]
 
+# %% ../../nbs/30_synth.llm.ipynb #2c391f9a
+def endpoint_advice(
+    error:Exception,
+    where:str,     # model and address
+    attempts:int,  # that were made
+)->str:
+    "What to do about an endpoint's error that retrying will not mend."
+    import openai as api
+    if isinstance(error, (api.AuthenticationError, api.PermissionDeniedError)): return f"{where}: the key was refused; check api_key or OPENAI_API_KEY"
+    if isinstance(error, api.NotFoundError): return f"{where}: not found; check the model's name and that base_url ends in /v1"
+    if isinstance(error, api.APITimeoutError): return f"{where}: no reply in time, {attempts} attempts; raise timeout_s or lower concurrency"
+    if isinstance(error, api.APIConnectionError): return f"{where}: cannot be reached; is the server running there?"
+    return f"{where}: {error} (after {attempts} attempts)"
+
 # %% ../../nbs/30_synth.llm.ipynb #2c391f9c
 class OpenAIChat:
     "Any OpenAI-compatible chat endpoint as an `LLM`."
@@ -284,14 +298,7 @@ class OpenAIChat:
             except (ValueError, AttributeError, TypeError, LookupError) as error: broken = error
         raise RuntimeError(f"{self.client.base_url} answered {self.retries + 1} times with something that is no completion: {broken!r}")
 
-    def advice(self, error:Exception)->str:
-        "What to do about an error that retrying will not mend."
-        where, api = f"model {self.name!r} at {self.client.base_url}", self.openai
-        if isinstance(error, (api.AuthenticationError, api.PermissionDeniedError)): return f"{where}: the key was refused; check api_key or OPENAI_API_KEY"
-        if isinstance(error, api.NotFoundError): return f"{where}: not found; check the model's name and that base_url ends in /v1"
-        if isinstance(error, api.APITimeoutError): return f"{where}: no reply in time, {self.retries + 1} attempts; raise timeout_s or lower concurrency"
-        if isinstance(error, api.APIConnectionError): return f"{where}: cannot be reached; is the server running there?"
-        return f"{where}: {error} (after {self.retries + 1} attempts)"
+    def advice(self, error:Exception)->str: return endpoint_advice(error, f"model {self.name!r} at {self.client.base_url}", self.retries + 1)
 
     def chat(self, conversations:list[list[dict]], *, temperature:float=1.0, top_p:float=1.0, max_tokens:int=512, seed:int=0)->list[str]:
         "As `LLM.chat`; '' for a conversation that the server refuses. RuntimeError says what to change when the endpoint cannot be used."

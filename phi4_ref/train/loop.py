@@ -7,7 +7,8 @@ __all__ = ['WINDOW', 'FORGIVEN', 'FREE', 'TrainSettings', 'lr_at', 'param_groups
            'ChunkedCrossEntropy', 'chunked_cross_entropy', 'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16',
            'Objective', 'process_share', 'own_rows', 'count_tokens', 'train_step', 'scale_gradients', 'broken_values',
            'is_spike', 'broken_rows', 'name_rows', 'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out',
-           'validate', 'check_compiler', 'trackers', 'set_mesh', 'make_accelerator', 'gather_bf16', 'train']
+           'validate', 'check_compiler', 'trackers', 'set_mesh', 'make_accelerator', 'gather_bf16', 'note_skipped',
+           'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import json
@@ -438,9 +439,20 @@ def gather_bf16(accelerator, model):
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding): module.register_forward_hook(lambda module, args, x: x.float())
 
-# %% ../../nbs/41_train.loop.ipynb #de0cf417
+# %% ../../nbs/41_train.loop.ipynb #de0cf416
 FREE = ('micro_batch_size', 'tracker')  # settings that may change between parts of a run: they do not enter the result
 
+def note_skipped(
+    row:dict,      # of the log, gets 'broken'
+    culprits:str,  # rows of the data
+    step:int,
+    main:bool      # this process says it
+):
+    "Name what a step that was passed over came from."
+    row['broken'] = culprits
+    if main: tqdm.write(f"step {step + 1} skipped: its {' and '.join(broken_values(row))} not finite, from {culprits}")
+
+# %% ../../nbs/41_train.loop.ipynb #de0cf417
 def train(
     model,                   # trained in place
     batches,                 # `.batch(step)` -> dict of tensors, the global batch's rows first; `len()` -> steps; perhaps `.part(step, rank, processes)`
@@ -482,9 +494,7 @@ def train(
                 try: row = train_step(accelerator, objective, optimizer, micros, settings, state.get('recent', ()), stop.is_set(), forgive)
                 except FloatingPointError as e: raise FloatingPointError(f'step {step + 1}: {e}, from {culprits()}. The weights are those of step {step}; '
                                                                          f'the newest checkpoint in {out_dir}/checkpoints is from before it') from None
-                if broken_values(row):
-                    row['broken'] = culprits()
-                    if main: tqdm.write(f"step {step + 1} skipped: its {' and '.join(broken_values(row))} not finite, from {row['broken']}")
+                if broken_values(row): note_skipped(row, culprits(), step, main)
                 stopped, seconds = row.pop('stop'), time.perf_counter() - start
                 row = account(state, row, lr, seconds) | utilisation(getattr(model, 'config', None), batch, seconds, device)
                 planned = step + 1 == steps or save_every and (step + 1) % save_every == 0

@@ -267,13 +267,11 @@ def memory(
 
 # %% ../../nbs/46_train.plan.ipynb #a51c3e92
 def mask_bytes(
-    shape:ModelConfig,
     rows:int,     # in a micro-batch
     context:int,  # tokens in a row
-    checkpointing:bool,
 )->int:           # bytes, under bf16 autocast
-    "What the mask of packed documents takes where attention is not flash-attn's."
-    return rows * context**2 * (4 if checkpointing else max(4, 2 * shape.num_hidden_layers))
+    "What the mask of packed documents, one for all layers, takes where attention is not flash-attn's."
+    return 2 * rows * context**2
 
 # %% ../../nbs/46_train.plan.ipynb #c7ffad2d
 def share_batch(
@@ -371,7 +369,7 @@ def layout(
     strategy, share = replace(STRATEGIES[name], machines=machines), share_batch(section, gpus, 'the stage')
     for again in (False, True):
         parts = memory(shape, strategy, gpus, share['micro'] * section.context, again, node, gradient_bytes, moment_bytes)
-        if masked: parts['activations'] += mask_bytes(shape, share['micro'], section.context, again)
+        if masked: parts['activations'] += mask_bytes(share['micro'], section.context)
         if fits := sum(parts.values()) <= USABLE * device.memory_bytes: break
     transfer = transfer_seconds(shape, name, gpus, share['micro'] * section.context, share['micro_batches'], device, node, network, gradient_bytes, machines)
     return dict(strategy=name if gpus > 1 else 'one GPU', layout=('one GPU' if gpus == 1 else name) + (f' of {node * machines}' if name == 'HSDP' else ''), group=node * machines, checkpointing=again, parts=parts,
@@ -591,7 +589,7 @@ def plan(
     network_gbits:float=400, # Gb/s of each GPU between machines
     gradient_bytes:int=4,    # 2: gradients in bf16
     moment_bytes:int=4,      # 2: AdamW's moments in bf16
-    engines:int=1,           # GPUs that sample for pivotal token search; the stage itself is one process
+    engines:int=1,           # GPUs that sample for pivotal token search, each a process of the launch
     hop_us:float=3.4,        # us a hop of a ring inside a machine
     network_hop_us:float=14, # us a hop between machines
 )->Plan:
@@ -691,7 +689,7 @@ def sampling_text(
     text = f"pivotal token search: {units(found['filter'])} rollouts to filter {c.pts.questions:,} questions, {units(found['search'])} to search, {units(found['tokens'])} tokens; KV cache {kv_bytes(shape) / 1e3:.0f} kB a token"
     if not speed: return text + '; the bf16 weights alone do not fit one GPU'
     text += f'; at {speed:,.0f} tokens/s a GPU at best, {span(found["tokens"] / speed / made.engines / 86400)} on {some_gpus(made.engines)}'
-    return text + ('; pts, judge and eval sample in one process, more GPUs serve behind an endpoint (`post.sampler.endpoint_sampler`; --engines)' if made.engines == 1 else ' behind an endpoint')
+    return text + ('; under `accelerate launch` each GPU searches its share of the questions (--engines)' if made.engines == 1 else ', each searching its share')
 
 def storage_text(
     made:Plan,
