@@ -173,8 +173,8 @@ ROWS = {"empty": [], "unasked": [dict(q="1 and 1?", a="2"), dict(q=None, a="3")]
 @pytest.mark.parametrize("more, said", [
     (["--data", "empty.jsonl"], "no rows in"), (["--data", "unasked.jsonl"], "unasked.jsonl, row 1: column 'q' holds None"), (["--data", "number.jsonl"], "number.jsonl, row 0: column 'q' holds 3, not text"),
     (["--data", "unanswered.jsonl"], "unanswered.jsonl, row 1: column 'a' holds no answer"), (["--data", "list.jsonl"], "list.jsonl, row 0: column 'a' holds ['2']"), (["--data", "blank.jsonl"], "blank.jsonl, row 0: column 'q' holds ' '"),
-    (["--data", "broken.jsonl"], "cannot read the data set 'broken.jsonl'"), (["--p-gap", "0"], "p_gap=0.0 must be in"), (["--max-total", "4096"], "max_total=4096 is more than the 64 tokens"), (["--out", "empty.jsonl"], "cannot make the directory empty.jsonl"),
-    (["--model", "/no/such/model"], "no directory '/no/such/model'"), (["--base-url", ""], "base_url ''"), (["--base-url", "localhost:8000/v1"], "base_url 'localhost:8000/v1'"), (["--force"], "--force"), (["pts.p_gap=0.3"], "--model")])
+    (["--data", "broken.jsonl"], "cannot read the data set 'broken.jsonl'"), (["--p-gap", "0"], "p_gap=0.0 must be in"), (["--max-total", "4096"], "max_total=4096 is more than the 64 tokens"), (["--out", "empty.jsonl"], "--out empty.jsonl is a file"),
+    (["--model", "/no/such/model"], "no directory '/no/such/model'"), (["--base-url", ""], "--base-url '' is no address"), (["--base-url", "localhost:8000/v1"], "--base-url 'localhost:8000/v1' is no address"), (["--force"], "--force"), (["pts.p_gap=0.3"], "--model")])
 def test_a_mistake_is_one_line(made, tmp_path, monkeypatch, capfd, more, said):
     for name in KEEP_MEMORY: monkeypatch.setenv(name, KEEP_MEMORY[name])  # already restarted with it
     monkeypatch.setenv("OPENAI_API_KEY", "any")

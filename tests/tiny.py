@@ -10,7 +10,7 @@ model.hidden_size=64 model.num_hidden_layers=2 model.num_attention_heads=4 model
 pretrain.tokens=100000 pretrain.batch_size=8 pretrain.micro_batch_size=8 pretrain.lr=5e-3 pretrain.save_every=10
 midtrain.tokens=8192 midtrain.batch_size=4 midtrain.micro_batch_size=4
 sft.tokens=80000 sft.batch_size=8 sft.micro_batch_size=8 sft.lr=3e-3 sft_data.questions=10 sft_data.refusal_questions=20 sft_data.refusal_samples=2 sft.save_every=20
-pts.questions=40 pts.low=0.01 pts.high=0.99 pts.p_gap=0.1 pts.confirm_samples=0 dpo.epochs=1 judge.prompts=12
+pts.questions=40 pts.low=0.01 pts.high=0.99 pts.p_gap=0.06 pts.confirm_samples=0 dpo.epochs=1 judge.prompts=12
 evaluate.samples=1 evaluate.items=6 evaluate.max_new_tokens=24""".split()
 
 PHI4 = str(Path(sys.executable).parent/"phi4")  # the installed command

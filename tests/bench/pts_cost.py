@@ -150,7 +150,7 @@ def on_model(args):
     few, results = max(1, len(questions) // 10), {}  # name -> [(proposed, confirmed, tokens, seconds) of each seed]
     for seed in SEEDS[:args.seeds]:
         (found, _, totals), seconds = timed(lambda: fixed_search(questions, prompts, sampler, tokenizer, answer_oracle, args.max_total, seed))
-        verdicts = pts.confirm(found, pts.Sampling(sampler, tokenizer, answer_oracle, args.max_total, f'test {seed}'), 60, MARGIN, sure=.025, fresh=True)
+        verdicts = pts.confirm(found, pts.Sampling(sampler, tokenizer, answer_oracle, args.max_total, f'test {seed}'), 60, MARGIN, P_GAP, sure=.025, fresh=True)
         kept = sum(x <= .05 for x in pts.passing(verdicts, .05, 0)[0])
         results.setdefault('fixed 50, our engine', []).append((len(found), kept, totals['generated_tokens'], seconds))
         if seed == SEEDS[0]:
