@@ -19,8 +19,8 @@ from pathlib import Path
 # --quick: the same stages in seconds; it learns next to nothing, and its numbers mean nothing
 QUICK = """collect.pages=150 collect.max_number=4 collect.seed_questions=400 collect.functions=60 collect.books=60 collect.conversations=300 collect.items=12 curate.annotations=60
 model.hidden_size=64 model.num_hidden_layers=2 model.num_attention_heads=4 model.vocab_size=512 model.intermediate_size=128 pretrain.tokens=100000 pretrain.batch_size=8 pretrain.micro_batch_size=8
-pretrain.lr=5e-3 midtrain.tokens=20000 midtrain.batch_size=4 midtrain.micro_batch_size=4 sft.tokens=60000 sft.batch_size=8 sft.micro_batch_size=8 sft.lr=3e-3 sft_data.questions=10
-sft_data.refusal_questions=20 sft_data.refusal_samples=2 pts.questions=40 pts.low=0.01 pts.high=0.99 pts.p_gap=0.1 pts.confirm_samples=0 dpo.epochs=1 judge.prompts=12 evaluate.samples=2 evaluate.items=12
+pretrain.lr=5e-3 midtrain.tokens=20000 midtrain.batch_size=4 midtrain.micro_batch_size=4 sft.tokens=80000 sft.batch_size=8 sft.micro_batch_size=8 sft.lr=3e-3 sft_data.questions=10
+sft_data.refusal_questions=20 sft_data.refusal_samples=2 pts.questions=40 pts.low=0.01 pts.high=0.99 pts.p_gap=0.06 pts.confirm_samples=0 dpo.epochs=1 judge.prompts=12 evaluate.samples=2 evaluate.items=12
 evaluate.max_new_tokens=24 synth.vote_on=120 synth.worked=100 synth.reversals=20 synth.fim=20""".split()
 MAXRSS = 1 << (10 if sys.platform == 'linux' else 0)  # bytes in a unit of ru_maxrss
 
