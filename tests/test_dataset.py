@@ -103,7 +103,7 @@ def same(folder): return [{k: v for k, v in r.items() if k != "timestamp"} for r
 
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
 def test_ended_inside_the_search_it_goes_on(made, tmp_path, blow):
-    many, out = ("--samples", "100", "--confirm", "0"), tmp_path/"d"
+    many, out = ("--samples", "200", "--confirm", "0"), tmp_path/"d"
     process = start(*command(made, out, *many))
     for _ in range(60000):
         if (out/"rollouts.sqlite").exists() and len(ReplyStore(out/"rollouts.sqlite")) or process.poll() is not None: break
