@@ -156,7 +156,7 @@ def overrides(files, url, out):
         pretrain.tokens=200000 pretrain.context=128 pretrain.batch_size=16 pretrain.micro_batch_size=16 pretrain.lr=5e-3 pretrain.validation_rows=4
         midtrain.tokens=16384 midtrain.context=512 midtrain.batch_size=4 midtrain.lr=5e-4 midtrain.long_tokens=400
         sft.tokens=200000 sft.context=512 sft.batch_size=16 sft.micro_batch_size=16 sft.lr=3e-3 sft_data.candidates=2 sft_data.questions=10 sft_data.refusal_questions=8 sft_data.refusal_samples=2
-        pts.questions=60 pts.max_total=400 pts.low=0.01 pts.high=0.99 pts.p_gap=0.1 pts.samples=20 pts.confirm_samples=0 dpo.epochs=1 dpo.batch_size=8
+        pts.questions=24 pts.max_total=400 pts.low=0.01 pts.high=0.99 pts.p_gap=0.1 pts.samples=12 pts.confirm_samples=0 dpo.epochs=1 dpo.batch_size=8
         judge.prompts=10 judge.batch_size=8 judge.max_new_tokens=24 evaluate.samples=1 evaluate.items=4 evaluate.max_new_tokens=16""".split()]
 
 
