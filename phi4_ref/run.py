@@ -43,7 +43,7 @@ class Stage:
     "One step of the recipe."
     name: str                 # of its directory
     make: Callable            # make(c, inputs, out) -> counts
-    sections: tuple[str, ...]  # of the configuration that it may read
+    sections: tuple[str, ...]  # of the configuration that it may read; `compute` is asked about the first
     inputs: tuple[str, ...]   # stages that must be finished
 
     def view(self, config:Config)->SimpleNamespace:

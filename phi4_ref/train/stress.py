@@ -18,10 +18,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..artifact import digest
+from ..artifact import FREE, digest
 from ..records import load_json, save_json
 from .checkpoint import describe_run
-from .loop import FREE, TrainSettings, train
+from .loop import TrainSettings, train
 
 # %% ../../nbs/45_train.stress.ipynb #7c7a9618
 def count_spikes(
