@@ -1,5 +1,7 @@
 """The network against transformers' Phi3ForCausalLM, its checkpoints, and what it says of broken ones."""
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -273,3 +275,18 @@ def test_flops_are_those_pytorch_counts():
 def test_same_seed_same_weights():
     a, b, c = build(0), build(0), build(1)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters())) and not torch.equal(a.lm_head.weight, c.lm_head.weight)
+
+
+def test_the_first_call_of_each_function_is_on_one_number():
+    "MKL chooses its code on a function's first call, wrongly if several threads make it: importing us makes it."
+    script = """if 1:
+        import torch
+        first = {}
+        def watch(name, function): return lambda x: (first.setdefault((name, x.dtype), x.numel()), function(x))[1]
+        names = ('exp', 'log', 'sqrt', 'sin', 'cos', 'tanh', 'erf')
+        for name in names: setattr(torch, name, watch(name, getattr(torch, name)))
+        import phi4_ref.model.transformer
+        missing = [(n, d) for n in names for d in (torch.float32, torch.float64) if first.get((n, d)) != 1]
+        assert not missing, missing"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
