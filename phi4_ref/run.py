@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ROWS', 'CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'SHARED', 'computed', 'Stage', 'make_world',
            'make_teacher', 'collect', 'curate_texts', 'curate', 'synthesise', 'is_first', 'train_settings',
-           'training_documents', 'open_checkpoint', 'open_tokenizer', 'hub_answers', 'given_tokenizer', 'share_shards',
-           'pretraining_data', 'pretrain', 'stress', 'midtrain', 'BaseModelLLM', 'best_answers', 'refusals', 'sft_data',
-           'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage', 'mixed', 'pivotal_pairs', 'dpo',
-           'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only', 'final', 'asked_of',
-           'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'check_training', 'data_sets',
-           'check_data', 'check_supply', 'check_teacher', 'check_ahead', 'needs_again', 'together', 'run_stage',
-           'keep_config', 'run']
+           'training_documents', 'open_checkpoint', 'open_to_train', 'open_tokenizer', 'hub_answers', 'given_tokenizer',
+           'share_shards', 'pretraining_data', 'pretrain', 'stress', 'midtrain', 'BaseModelLLM', 'best_answers',
+           'refusals', 'sft_data', 'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage', 'mixed',
+           'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only', 'final',
+           'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'check_training',
+           'data_sets', 'check_data', 'check_supply', 'check_teacher', 'check_ahead', 'needs_again', 'together',
+           'run_stage', 'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
 import glob
@@ -164,6 +164,12 @@ def open_checkpoint(
     from phi4_ref.model.pretrained import from_pretrained
     return from_pretrained(folder, **compute), open_tokenizer(folder)
 
+def open_to_train(folder:Path, **compute):
+    "`open_checkpoint` for a stage of the training loop, which may shard: see `train.loop.made_by_first`."
+    from phi4_ref.model.pretrained import from_pretrained
+    from phi4_ref.train.loop import made_by_first
+    return made_by_first(lambda device: from_pretrained(folder, device=device, **compute)), open_tokenizer(folder)
+
 def open_tokenizer(
     folder:Path,  # Hugging Face layout
 ):
@@ -283,7 +289,7 @@ def midtrain(c, inputs, out):
 
     from phi4_ref.data.shards import write_shards
     from phi4_ref.train.midtrain import midtrain as run_midtraining
-    model, tokenizer = open_checkpoint(inputs["pretrain"], **c.compute)
+    model, tokenizer = open_to_train(inputs["pretrain"], **c.compute)
     m, longest = c.midtrain, c.pretrain.max_chars
     long = (d for d in training_documents(inputs) if longest and len(d["text"]) > longest)  # those that pretraining left out
     with PartialState().main_process_first(): write_shards(long, tokenizer, out/"shards")
@@ -355,7 +361,7 @@ def sft_data(c, inputs, out):
 def sft(c, inputs, out):
     "A chat model (phi-4 §4.1)."
     from phi4_ref.train.sft import sft as run_sft
-    s, (model, tokenizer) = c.sft, open_checkpoint(inputs["midtrain"], **c.compute)
+    s, (model, tokenizer) = c.sft, open_to_train(inputs["midtrain"], **c.compute)
     return run_sft(model, load(inputs["sft_data"]/"conversations.parquet", CONVERSATION), tokenizer, train_settings(s, c.seed), out, tokens=s.tokens, context=s.context,
                    batch_size=s.batch_size, pack=s.pack, seed=c.seed, save_every=s.save_every, save_dtype=c.save_dtype)
 

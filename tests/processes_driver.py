@@ -20,7 +20,7 @@ from phi4_ref.model.transformer import Attention, ModelConfig, Transformer
 from phi4_ref.post.dpo import train_dpo
 from phi4_ref.train.checkpoint import gathered
 from phi4_ref.train.data import share_of
-from phi4_ref.train.loop import TrainSettings, lm_loss, train
+from phi4_ref.train.loop import TrainSettings, lm_loss, made_by_first, train
 from phi4_ref.train.pretrain import finish_stage
 
 RANK, STEPS = int(os.environ.get('RANK', 0)), 6
@@ -41,12 +41,12 @@ def loss(model, batch):
     total, count, metrics = lm_loss(model, batch)
     return total * (float('nan') if batch['bad'].any() else 1), count, metrics
 
-def model():
+def model(device='cpu', **more):
     torch.manual_seed(0)
-    return Transformer(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32))
+    with torch.device(device): return Transformer(ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32, **more))
 
 def run(out, batches=None, settings=SETTINGS, m=None, recompute=False, **kw):
-    m = m or model()
+    m = m or made_by_first(model)
     m.activation_checkpointing = recompute
     rows = train(m, batches or Ragged(), settings, out, loss=loss, save_every=2, validation=dict(a=Ragged().batch(99)), **kw)
     return m, rows
@@ -60,6 +60,11 @@ def keep(out, m, rows):
     torch.save(dict(weights=whole.state_dict(), rows=rows, sharded=shards), Path(out)/'result.pt')
 
 def train_all(out): keep(out, *run(out))
+
+def train_tied(out):
+    m, rows = run(out, m=made_by_first(partial(model, tie_word_embeddings=True)))
+    rows[0]['tied'] = m.lm_head.weight is m.model.embed_tokens.weight
+    keep(out, m, rows)
 
 def train_ones(out):
     "One row a forward pass, so that a process of four has two micro-batches; notes the mesh of groups and shards."

@@ -50,6 +50,12 @@ def test_two_processes_are_one(one, kind, tmp_path):
     assert not one['sharded'] and two['sharded'] == kind.startswith('fsdp2')
     assert_same(one, two, 1e-4)
 
+def test_tied_weights_stay_tied(tmp_path):
+    "Also where a process other than the first has no weights to begin with."
+    alone, two = launch(None, 'train_tied', tmp_path/'one'), launch('fsdp2', 'train_tied', tmp_path/'two')
+    assert alone['rows'][0]['tied'] and two['rows'][0]['tied'] and two['sharded']
+    assert_same(alone, two, 1e-4)
+
 def test_a_process_makes_its_own_rows(one, tmp_path): assert_same(one, launch('ddp', 'train_parts', tmp_path), 1e-4)
 
 def test_sharded_weights_travel_in_bf16(tmp_path):

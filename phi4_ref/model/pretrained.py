@@ -216,20 +216,21 @@ def from_pretrained(
     path,                  # a directory, organisation/model on the Hugging Face hub, or a .gguf file
     dtype=torch.float32,   # of the weights
     attention:str="auto",  # as for `Transformer`
-    device="cpu",
+    device="cpu",          # "meta": the model without its weights
     activation_checkpointing:bool=False,  # as for `Transformer`
 )->Transformer:
     "Read a phi-3/phi-4 or Llama checkpoint, one file or sharded; ValueError says what is wrong with it."
     hf, tensors = open_tensors(path)
     config = from_hf_config(hf)
     with torch.device("meta"): model = Transformer(config, attention, activation_checkpointing)
+    if str(device) == "meta": return model
     tensors = {name: read for name, read in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files keep the angles' speeds
     if config.tie_word_embeddings and (output := tensors.pop("lm_head.weight", None)) and not torch.equal(output(), tensors["model.embed_tokens.weight"]()):
         raise ValueError(f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
     try: weights = read_weights(tensors, stored_as(model, hf["model_type"]), dtype, device)
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
     model.load_state_dict(weights, strict=not config.tie_word_embeddings, assign=True)
-    if config.tie_word_embeddings: model.lm_head.weight = model.model.embed_tokens.weight
+    model.tie_weights()
     return model
 
 # %% ../../nbs/13_model.pretrained.ipynb #01770d1d

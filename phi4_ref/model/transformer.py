@@ -307,8 +307,12 @@ class Transformer(nn.Module):
         self.config, self.attention, self.activation_checkpointing = config, attention, activation_checkpointing
         self.model = Trunk(config, attention)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings: self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         init_weights(self, config)
+
+    def tie_weights(self):
+        "One matrix for embedding and output, where the configuration says so."
+        if self.config.tie_word_embeddings: self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(self,
         input_ids_BT:Tensor,          # int64 token ids

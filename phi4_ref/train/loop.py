@@ -7,8 +7,8 @@ __all__ = ['WINDOW', 'FORGIVEN', 'TrainSettings', 'lr_at', 'param_groups', 'make
            'ChunkedCrossEntropy', 'chunked_cross_entropy', 'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16',
            'Objective', 'process_share', 'own_rows', 'count_tokens', 'train_step', 'scale_gradients', 'broken_values',
            'is_spike', 'broken_rows', 'name_rows', 'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out',
-           'validate', 'check_compiler', 'trackers', 'set_mesh', 'make_accelerator', 'gather_bf16', 'note_skipped',
-           'train']
+           'validate', 'check_compiler', 'trackers', 'set_mesh', 'make_accelerator', 'gather_bf16', 'made_by_first',
+           'note_skipped', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import json
@@ -177,6 +177,9 @@ class Objective(torch.nn.Module):
         device = batch[next(iter(batch))].device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):  # also switches off what a launcher switched on
             return self.loss(self.model, batch)
+
+    def tie_weights(self):  # Accelerate calls it where it moves a model
+        if hasattr(self.model, 'tie_weights'): self.model.tie_weights()
 
 # %% ../../nbs/41_train.loop.ipynb #f2bfa6f4
 def process_share(
@@ -439,6 +442,17 @@ def gather_bf16(accelerator, model):
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding): module.register_forward_hook(lambda module, args, x: x.float())
+
+# %% ../../nbs/41_train.loop.ipynb #c3f0b5a7
+def made_by_first(
+    make,  # make(device) -> model; on device 'meta' one without weights
+):         # the model; under FSDP2, as our launch files have it, a process other than the first has only room for its weights
+    "A model to be trained, its weights drawn or read by one process."
+    asked = [os.environ.get(name, '').lower() for name in ('ACCELERATE_USE_FSDP', 'FSDP_CPU_RAM_EFFICIENT_LOADING')]
+    if asked != ['true', 'true'] or os.environ.get('RANK', '0') == '0': return make('cpu')
+    model = make('meta').to_empty(device='cpu')
+    model.tie_weights()
+    return model
 
 # %% ../../nbs/41_train.loop.ipynb #de0cf416
 def note_skipped(

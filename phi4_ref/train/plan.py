@@ -700,11 +700,12 @@ def storage_text(
     saves, size, every = math.ceil(c.pretrain.steps / c.pretrain.save_every), lambda n: f'{n / 1e9:,.3g} GB' if n < 1e12 else f'{n / 1e12:.3g} TB', row['days'] / row['steps'] * c.pretrain.save_every
     held_out = saves * c.pretrain.validation_rows * len(unique_tokens(c)) * c.pretrain.context * flops_per_token(shape, c.pretrain.context) / 3
     copy = (best['parts']['weights'] + best['parts']['optimizer']) * here if best else 0
+    first = f'{size(4 * p)} for the initial weights, on the first machine only' if best and best['strategy'] in ('HSDP', 'FSDP2-ZeRO-2', 'FSDP') else f'{size(4 * p * here)} for the initial weights, whole in each process'
     width = 2 if shape.vocab_size <= 2**16 else 4
     return '\n'.join([
         f'checkpoints: {size(disk["working"])} each, {saves:,} in pretraining, one every {span(every)}, up to {size(disk["kept"])} on disk at a time; a finished stage {size(disk["final"])} in float32',
         f'shards: {size(width * sum(unique_tokens(c).values()))} at {width} bytes an id; validation: {span(held_out / (made.gpus * made.device.peak_bf16_flops * made.mfu) / 86400)} in all',
-        f'host memory of a machine: {size(4 * p * here)} for the initial weights, drawn whole by each process, then {size(copy)} for the copy that a checkpoint is written from'])
+        f'host memory of a machine: {first}, then {size(copy)} for the copy that a checkpoint is written from'])
 
 def extra_text(
     made:Plan,

@@ -18,7 +18,7 @@ from ..model.pretrained import save_pretrained
 from ..model.transformer import ModelConfig, Transformer
 from .checkpoint import gathered
 from .data import MixtureBatches
-from .loop import TrainSettings, hold_out, train
+from .loop import TrainSettings, hold_out, made_by_first, train
 
 # %% ../../nbs/42_train.pretrain.ipynb #cc7ba336
 def finish_stage(
@@ -68,6 +68,8 @@ def pretrain(
     if validation_rows: stores, validation = hold_out(stores, validation_rows, context)
     batches = MixtureBatches(stores, fractions, context, batch_size, steps, seed, document_end=end_of_document(tokenizer) if document_mask else None)
     torch.manual_seed(seed)
-    model = Transformer(config, attention, activation_checkpointing)
+    def make(device):
+        with torch.device(device): return Transformer(config, attention, activation_checkpointing)
+    model = made_by_first(make)
     rows = train(model, batches, settings, out_dir, validation=validation, save_every=save_every, progress=progress)
     return finish_stage(model, tokenizer, out_dir, rows, save_dtype, mixture=batches.epochs())
