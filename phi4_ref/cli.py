@@ -152,6 +152,8 @@ def pts(
     data:Annotated[str, typer.Option(help="Questions: .jsonl, .parquet, a glob, or a hub data set.")]=None,
     out:Annotated[str, typer.Option(help="Directory of the data set to be made.")]=None,
     question_column:str="question", answer_column:Annotated[str, typer.Option(help="With a column `choices` (a list of texts) the questions are multiple choice, the answer one of them, its letter, or its index.")]="answer",
+    oracle:Annotated[str, typer.Option(metavar="FILE.py:FUNCTION", help="Your own rule of what is right: FUNCTION(question, completion) -> bool, question['meta'] holding the row.")]=None,
+    name:Annotated[str, typer.Option(help="Configuration of a hub data set.")]=None, split:Annotated[str, typer.Option(help="Split of a hub data set.")]="train",
     limit:Annotated[int, typer.Option(min=1, help="At most so many questions.")]=None,
     samples:Annotated[int, typer.Option(min=2, help="Rollouts for each estimate of p(success).")]=20,
     confirm:Annotated[int, typer.Option(min=0, help="Most further rollouts that confirm a pivot; 0: not confirmed.")]=40,
@@ -173,10 +175,12 @@ def pts(
         keep_memory()
         from phi4_ref.post.dataset import end_ids, open_model, pts_dataset, read_questions
         from phi4_ref.post.sampler import endpoint_sampler
-        questions, (loaded, tokenizer) = read_questions(data, question_column, answer_column, limit), open_model(model)
+        from phi4_ref.post.oracle import load_oracle
+        rule = dict(oracle=load_oracle(oracle)) if oracle else {}
+        questions, (loaded, tokenizer) = read_questions(data, question_column, answer_column, limit, name=name, split=split, own_oracle=bool(oracle)), open_model(model)
         sampler = endpoint_sampler(served_name or model, base_url, end_ids(loaded, tokenizer), temperature, top_p) if base_url else None
         counts = pts_dataset(loaded, tokenizer, questions, Path(out), sampler=sampler, model_id=model, dataset_id=data, max_total=max_total, temperature=temperature, top_p=top_p, n_samples=samples, filter_samples=samples,
-                             trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, band=band, confirm_samples=confirm, fdr=fdr, margin=margin, null=null, seed=seed)
+                             trajectories=trajectories, segments=int(segments) if segments.isdigit() else segments, p_gap=p_gap, band=band, confirm_samples=confirm, fdr=fdr, margin=margin, null=null, seed=seed, **rule)
         print(f"{out}: {counts['pairs']} pairs from {counts['in_band']} of {counts['questions']} questions, {counts['candidates']} candidates, {counts['rollouts']:,} rollouts" + (f"; by chance {counts['null_search_pairs']} of {counts['null_search_candidates']} candidates" if null else "") + f"; one trajectory token by token: {draw_figure3(Path(out), p_gap)}")
     def of_run():
         options = [name for name in context.params if name not in ("target", "changes", "force")]

@@ -255,17 +255,16 @@ def stress(
 )->list:             # of `train.stress.stress`
     "The rates and warm-ups that pretraining survives, as `stress/stress.md` and a picture in the run directory (phi-4 §3)."
     import torch
-    from accelerate import Accelerator
 
     from phi4_ref.data.shards import end_of_document, load_shards
     from phi4_ref.model.transformer import Transformer
     from phi4_ref.train.data import MixtureBatches
-    from phi4_ref.train.loop import hold_out
+    from phi4_ref.train.loop import as_launched, hold_out
     from phi4_ref.train.stress import safe_text, stress as stress_grid, stress_picture, stress_table
     p, inputs, out = config.pretrain, {name: Path(config.out)/name for name in ("curate", "synth")}, Path(config.out)/"stress"
     for name, path in inputs.items():
         if artifact.finished(path) is None: raise ValueError(f"stress needs {path}, which is not finished: run `phi4 {name} {config.out}` first")
-    everyone = Accelerator()  # before anything asks whether it is alone
+    everyone = as_launched()  # before anything asks whether it is alone
     shape, tokenizer = pretraining_data(config, inputs, out/"shards")
     stores = load_shards(out/"shards", tokenizer=tokenizer)
     if p.validation_rows: stores, _ = hold_out(stores, p.validation_rows, p.context)
@@ -710,9 +709,10 @@ def together(
 ):                # what the first process should make; None on the others, whose part is done
     "A stage's work under `accelerate launch`; as it is in a single process. ValueError for a stage that is not shared."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return make
-    from accelerate import Accelerator
     from accelerate.utils import broadcast_object_list
-    everyone = Accelerator()
+
+    from phi4_ref.train.loop import as_launched
+    everyone = as_launched()
     [needed] = broadcast_object_list([needed])
     if needed and stage.name not in SHARED: raise ValueError(f"stage {stage.name} belongs to one process: run `phi4 {stage.name}` without accelerate launch first")
     def shared(out):

@@ -120,6 +120,16 @@ def stored_keys(folder):
     with sqlite3.connect(folder/"rollouts.sqlite") as db: return {key for key, in db.execute("SELECT key FROM replies")}
 
 
+def test_a_function_of_the_users_judges(made, tmp_path):
+    "It sees the whole row, needs no answer, and its name is on the card."
+    (tmp_path/"q.jsonl").write_text("".join(json.dumps(dict(q=f"{i} and {i}?", first_word="Perhaps")) + "\n" for i in range(1, 7)))
+    (tmp_path/"rules.py").write_text("import re\nWORD = re.compile(r'\\w+')\ndef begins(question, completion): return WORD.match(completion)[0] == question['meta']['first_word']\n")
+    status, out, err = phi4(*command(made, tmp_path/"d", "--data", tmp_path/"q.jsonl", "--oracle", f"{tmp_path/'rules.py'}:begins", "--samples", "12", "--seed", "1"))
+    assert status == 0, err
+    pairs = load_pairs(tmp_path/"d")
+    assert pairs and {pair["chosen"].split()[0] for pair in pairs} == {"Perhaps"} and "begins" in (tmp_path/"d"/"README.md").read_text() and load_json(tmp_path/"d"/"stats.json")["oracle_errors"] == 0
+
+
 def test_more_samples_add_to_those_there_are(made, tmp_path):
     few, more = ("--samples", "20", "--confirm", "0", "--seed", "1"), ("--samples", "40", "--confirm", "0", "--seed", "1")
     assert phi4(*command(made, tmp_path/"d", *few))[0] == 0
@@ -174,11 +184,13 @@ ROWS = {"empty": [], "unasked": [dict(q="1 and 1?", a="2"), dict(q=None, a="3")]
     (["--data", "empty.jsonl"], "no rows in"), (["--data", "unasked.jsonl"], "unasked.jsonl, row 1: column 'q' holds None"), (["--data", "number.jsonl"], "number.jsonl, row 0: column 'q' holds 3, not text"),
     (["--data", "unanswered.jsonl"], "unanswered.jsonl, row 1: column 'a' holds no answer"), (["--data", "list.jsonl"], "list.jsonl, row 0: column 'a' holds ['2']"), (["--data", "blank.jsonl"], "blank.jsonl, row 0: column 'q' holds ' '"),
     (["--data", "broken.jsonl"], "cannot read the data set 'broken.jsonl'"), (["--p-gap", "0"], "p_gap=0.0 must be in"), (["--max-total", "4096"], "max_total=4096 is more than the 64 tokens"), (["--out", "empty.jsonl"], "--out empty.jsonl is a file"),
-    (["--model", "/no/such/model"], "no directory '/no/such/model'"), (["--base-url", ""], "--base-url '' is no address"), (["--base-url", "localhost:8000/v1"], "--base-url 'localhost:8000/v1' is no address"), (["--force"], "--force"), (["pts.p_gap=0.3"], "--model")])
+    (["--model", "/no/such/model"], "no directory '/no/such/model'"), (["--base-url", ""], "--base-url '' is no address"), (["--base-url", "localhost:8000/v1"], "--base-url 'localhost:8000/v1' is no address"), (["--oracle", "is_right"], "give a file and a function"), (["--oracle", "none.py:f"], "there is no file none.py"), (["--oracle", "rules.py:f"], "rules.py has no function f"), (["--oracle", "rules.py:g"], "g must take a question"),
+    (["--oracle", "broken.jsonl:f"], "broken.jsonl cannot be run (SyntaxError"), (["--force"], "--force"), (["pts.p_gap=0.3"], "--model")])
 def test_a_mistake_is_one_line(made, tmp_path, monkeypatch, capfd, more, said):
     for name in KEEP_MEMORY: monkeypatch.setenv(name, KEEP_MEMORY[name])  # already restarted with it
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     monkeypatch.chdir(tmp_path)
+    (tmp_path/"rules.py").write_text("def g(completion): return True\n")
     for name, rows in ROWS.items(): (tmp_path/f"{name}.jsonl").write_text('{"q": "cut' if rows is None else "".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(SystemExit) as end: app([str(a) for a in command(made, tmp_path/"d", "--samples", "4", "--confirm", "0", *more)])
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "Loading weights" not in line]

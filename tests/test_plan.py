@@ -171,7 +171,7 @@ def test_a_plan_is_printed_with_its_sources(monkeypatch):
     code, out, err = said(monkeypatch, "phi4-14b", "--gpus", "1920", "--gpu", "H100")
     assert code == 0 and not err
     for text in ("14,659,507,200", "423,855", "ZeRO-2", "FSDP", "recommended: ", "midtrain: batch_size 1440 keeps 1,440 of the 1,920 GPUs busy", "data sheet", "phi-4 §3", "ours", "70.0 d on 1 GPU", "shards: 13 TB at 4 bytes an id",
-                 "validation: 1.2 h", "469 GB for the initial weights, drawn whole by each process", "recommended: HSDP of 32 GPUs, 60 copies (hsdp.yaml)", "the rent of the others meanwhile is $18,306", "tuning.cc"): assert text in out
+                 "validation: 1.2 h", "58.6 GB for the initial weights, on the first machine only", "recommended: HSDP of 32 GPUs, 60 copies (hsdp.yaml)", "the rent of the others meanwhile is $18,306", "tuning.cc"): assert text in out
     assert "14 h on 120 GPUs, each searching its share" in said(monkeypatch, "phi4-14b", "--gpus", "1920", "--engines", "120")[1]
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -252,3 +253,20 @@ def test_the_command_under_accelerate(tiny_run, tmp_path):
     losses = [[json.loads(line)['loss'] for line in (path/'pretrain'/'log.jsonl').read_text().splitlines()] for path in (folder, tiny_run)]
     assert np.allclose(*losses, rtol=1e-2 if bf16 else 1e-5, atol=0)
     for k, v in one.items(): assert (v - two[k]).norm() <= (5e-2 if bf16 else 1e-4) * v.norm(), k
+
+def test_the_command_over_two_machines(tiny_run, tmp_path):
+    "Two launches of two processes each, as on two machines of a cluster that share a disk: two copies of the model, each in two shards."
+    from test_run import begun
+    folder = begun(tiny_run, tmp_path/'run', 'synth')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', TOKENIZERS_PARALLELISM='false')
+    launches = [subprocess.Popen([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(SHIPPED/'hsdp.yaml'), '--num_machines', '2', '--num_processes', '4', '--machine_rank', str(rank),
+                                  '--main_process_ip', '127.0.0.1', '--main_process_port', str(port), *GROUPS, '-m', 'phi4_ref.cli', 'pretrain', str(folder)],
+                                 env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    said = [process.communicate(timeout=600) for process in launches]
+    assert [process.returncode for process in launches] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
+    assert said[0][0].count('[1/1] pretrain') == 2 and '[1/1]' not in said[1][0], 'the first process of the first machine speaks'
+    losses = [[json.loads(line)['loss'] for line in (path/'pretrain'/'log.jsonl').read_text().splitlines()] for path in (folder, tiny_run)]
+    assert np.allclose(*losses, rtol=1e-2 if computes_bf16(torch.device('cpu')) else 1e-5, atol=0)

@@ -21,7 +21,7 @@ from ..data.collect import as_question, needs_answer, stream_rows
 from ..model.generate import inference, logprobs
 from ..model.tokenizer import text_ids
 from ..records import PREFERENCE, load, save_json
-from .oracle import right_choice
+from .oracle import oracle_name, right_choice
 from .pts import model_sampler, null_search, search, stored, trace
 from .statistics import wilson
 
@@ -77,6 +77,7 @@ def card(
     "README.md of the data set: where its pairs come from, and how many would come from nothing."
     head = yaml.safe_dump(dict(tags=['pivotal-token-search', 'dpo', 'preference'], configs=[dict(config_name='default', data_files='pairs.parquet', default=True), dict(config_name='trl', data_files='trl.parquet')]), sort_keys=False)
     lines = lambda values: '\n'.join(f'| {k} | {v:g} |' if isinstance(v, float) else f'| {k} | {v:,} |' if isinstance(v, int) else f'| {k} | {v} |' for k, v in values.items() if v is not None)
+    if 'oracle' in settings: settings = settings | dict(oracle=oracle_name(settings['oracle']))
     margin = settings.get('margin'); margin = settings.get('p_gap', .2) / 2 if margin is None else margin
     rollouts = 'fresh rollouts alone' if settings.get('fresh') else f"the rollouts that found it and further ones, as one of {counts['tested_tokens']} tokens that might have been found"
     tested = (f"Each pair was tested on {rollouts} (exact test: p(success) changes by more than {margin:g}, false discovery rate {settings['fdr']:.0%}), and its change was still estimated at {settings.get('p_gap', .2):g} or more in the end; that estimate is a little too large on average. With the verdicts shuffled among the rollouts of each candidate, {counts['null_pairs']:.1f} pairs would have passed (`null_pairs`). Shuffled, no token makes a difference, and the test asks for more than a margin: where that is above 0 the number is near 0 by construction. It shows that noise in the counts does not pass the test; it does not show how often chance proposes a pair and confirms it."
@@ -193,12 +194,19 @@ def open_model(
     except (OSError, ValueError) as e: raise ValueError(f'cannot load a causal language model from {path!r}: {str(e).splitlines()[0]}' + ('' if Path(path).exists() else '; there is no directory of that name, so it was looked for on the hub')) from e
 
 def read_questions(
-    data:str, question:str, answer:str, limit:int=None # file, glob or hub name; its columns; at most so many
-)->list[dict]:                                         # QUESTION rows
+    data:str, question:str, answer:str, limit:int=None, # file, glob or hub name; its columns; at most so many
+    *,
+    name:str=None, split:str='train', # of a hub data set
+    own_oracle:bool=False             # a user's function judges: no answer is needed, and `meta` holds the row
+)->list[dict]:                        # QUESTION rows
     "Questions with answers from a file or the hub."
     source = dict(path=data, text=question, answer=answer)
     rows = []
-    for i, row in enumerate(stream_rows(data, limit=limit)):  # numbered: a rollout's seed holds the id, and must not change with the path
+    for i, row in enumerate(stream_rows(data, name, split, limit)):  # numbered: a rollout's seed holds the id, and must not change with the path
+        if own_oracle:
+            asked = as_question({answer: None, **row}, i, source)
+            rows.append(asked | dict(id=str(i), meta={**row, **asked['meta']}))
+            continue
         asked = as_question(row, i, source) | dict(id=str(i))
         listed = row.get('choices') and not asked['meta'].get('choices')
         rows.append(with_choices(asked, row['choices'], row[answer]) if listed else needs_answer(row, i, source) | dict(id=str(i)))

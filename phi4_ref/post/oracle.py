@@ -12,7 +12,7 @@ __all__ = ['HASHES', 'STATED', 'NUMBER', 'LAST', 'FRAC', 'TEXT_MACRO', 'SHARES',
            'same_choice', 'named_letter', 'choice_index', 'marker', 'program', 'passes_tests', 'key_answer',
            'right_choice', 'check_question', 'quick_verdict', 'answer_oracle', 'outcome', 'answer_many', 'TimeIsUp',
            'interrupted', 'abandoned', 'within', 'Miscounted', 'oracle_name', 'read_outcome', 'batch', 'grade',
-           'isolated']
+           'isolated', 'load_oracle']
 
 # %% ../../nbs/50_post.oracle.ipynb #8a6449d7
 import atexit
@@ -21,6 +21,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import select
 import signal
 import subprocess
@@ -709,3 +710,18 @@ def isolated(
         return success
     in_a_fork.__qualname__ = oracle_name(oracle)
     return in_a_fork
+
+# %% ../../nbs/50_post.oracle.ipynb #50e1f2a1
+def load_oracle(
+    where:str # FILE.py:FUNCTION
+):            # the function: (question row, completion text) -> bool
+    "A user's function as an oracle. ValueError where there is none."
+    path, _, name = where.rpartition(':')
+    if not path or not name.isidentifier(): raise ValueError(f'oracle {where!r}: give a file and a function in it, as in rules.py:is_right')
+    if not Path(path).is_file(): raise ValueError(f'oracle {where!r}: there is no file {path}')
+    try: oracle = runpy.run_path(path).get(name)
+    except Exception as error: raise ValueError(f'oracle {where!r}: {path} cannot be run ({type(error).__name__}: {error})') from error
+    if not callable(oracle): raise ValueError(f'oracle {where!r}: {path} has no function {name}')
+    try: inspect.signature(oracle).bind({}, '')
+    except TypeError as error: raise ValueError(f'oracle {where!r}: {name} must take a question (a dict) and a completion (a text): {error}') from error
+    return oracle

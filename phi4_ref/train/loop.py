@@ -7,8 +7,8 @@ __all__ = ['WINDOW', 'FORGIVEN', 'TrainSettings', 'lr_at', 'param_groups', 'make
            'ChunkedCrossEntropy', 'chunked_cross_entropy', 'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16',
            'Objective', 'process_share', 'own_rows', 'count_tokens', 'train_step', 'scale_gradients', 'broken_values',
            'is_spike', 'broken_rows', 'name_rows', 'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out',
-           'validate', 'check_compiler', 'trackers', 'set_mesh', 'make_accelerator', 'gather_bf16', 'made_by_first',
-           'note_skipped', 'train']
+           'validate', 'check_compiler', 'trackers', 'set_mesh', 'as_launched', 'make_accelerator', 'gather_bf16',
+           'made_by_first', 'note_skipped', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import json
@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -406,6 +407,8 @@ def trackers(
     if set(wanted) - set(known): raise ValueError(f"tracker {name!r} is not installed: choose {', '.join([*known, 'none'])}, or install it")
     return wanted
 
+warnings.filterwarnings('ignore', message='Slicing a flattened dim')  # Accelerate's way with a mesh, said by every process
+
 def set_mesh(
     accelerator,
     mesh:ParallelismConfig,  # as launched
@@ -416,6 +419,11 @@ def set_mesh(
     if shards == 1 or copies * shards != n: raise ValueError(f'{n} processes are not {copies} groups of {shards}: choose a dp_shard_size above 1 and a dp_replicate_size whose product is {n}')
     if accelerator.state.device_mesh is None: accelerator.state.device_mesh, accelerator.state.parallelism_config = mesh.get_device_mesh(accelerator.device.type), mesh
 
+def as_launched(**more)->Accelerator:
+    "Accelerate as the process was launched, but for the mesh of groups and shards, which `set_mesh` makes: Accelerate refuses one on CPUs."
+    meshed = os.environ.get('ACCELERATE_USE_PARALLELISM_CONFIG') == 'true'
+    return Accelerator(parallelism_config=ParallelismConfig(1, 1, 1, 1, sp_size=1) if meshed else None, **more)
+
 def make_accelerator(
     settings:TrainSettings,
     out_dir,         # gets a folder `trackers`, if the tracker writes files
@@ -423,7 +431,7 @@ def make_accelerator(
     "Accelerate, with its tracker chosen."
     zero = asks_for_zero()
     mesh = ParallelismConfig() if os.environ.get('ACCELERATE_USE_PARALLELISM_CONFIG') == 'true' else None
-    accelerator = Accelerator(log_with=trackers(settings.tracker) or None, project_dir=str(out_dir), parallelism_config=mesh and ParallelismConfig(1, 1, 1, 1, sp_size=1))
+    accelerator = as_launched(log_with=trackers(settings.tracker) or None, project_dir=str(out_dir))
     state = accelerator.state
     if (launched := int(os.environ.get('WORLD_SIZE', 1))) != accelerator.num_processes: raise ValueError(f'{launched} processes were launched and each takes itself for the only one: make an Accelerator() before anything asks for a PartialState()')
     if state.dynamo_plugin.backend == DynamoBackend.INDUCTOR: check_compiler(accelerator.device)
