@@ -1,5 +1,6 @@
-"""Benchmarks run: that of the GPU where there is none, saying what it is worth there; those of the search at their smallest."""
+"""Benchmarks run: that of the GPU where there is none, saying what it is worth there; the others at their smallest."""
 import json, shutil, subprocess, sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,18 @@ def test_the_tables_of_the_experiment_from_a_finished_run(tiny_run, tmp_path):
     text = (tmp_path / "table.md").read_text()
     for part in ("Held-out accuracy", "The pivots after training", "Which tokens are pivotal"): assert f"**{part}**" in text
     assert all(f"| {arm} |" in text for arm in ("SFT", "pivotal DPO", "pivotal, labels shuffled", "whole answers, same compute", "pivotal, then judge"))
+
+
+@pytest.mark.parametrize("bench, options, rows", [
+    ("train_throughput.py", ["--size", "tiny", "--eager", "--quick"], ["| phi4_ref ", "| Trainer ", "| plain loop "]),
+    ("generate_throughput.py", ["--quick", "--prefixes", "1"], ["phi4_ref ", "engine, their model ", "transformers  "]),
+    ("shards.py", ["--quick", "--documents", "300"], ["    0 ", "    1 "]),
+    pytest.param("dpo_step.py", ["--quick"], ["TRL's DPOTrainer ", "phi4_ref, a row for each pair "], marks=pytest.mark.skipif(not find_spec("trl"), reason="TRL is not installed: pip install phi4_ref[bench]"))])
+def test_a_comparison_runs(bench, options, rows):
+    done = subprocess.run([sys.executable, BENCH / bench, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert all(sum(line.startswith(row) for line in lines) == 1 for row in rows) and lines[-1].startswith("ratio: "), done.stdout
 
 
 def test_questions_of_a_file_are_split_without_overlap(tmp_path):

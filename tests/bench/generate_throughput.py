@@ -1,6 +1,6 @@
 """Generated tokens per second on the workload of pivotal token search: our engine against transformers' `generate`.
 
-    python tests/bench/generate_throughput.py [--quick]
+    python tests/bench/generate_throughput.py [--quick] [--prefixes N]
 
 Random weights of the shape of `phi4 run toy`, one checkpoint for all, float32 on the CPU. Prefixes of 30 to 90 tokens, each sampled thirty times, completions that end at random
 after about 50 tokens or at 160 tokens in all, temperature 1 and top-p 1. Three rows: our model in our engine, transformers' model in our engine, and
@@ -37,17 +37,17 @@ def theirs(model, prompts):
     return n
 
 
-def main(quick):
+def main(prefixes, rounds):
     transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0); random.seed(0)
     ours = Transformer(ModelConfig(**load_config("toy").model.model_dump(), max_position_embeddings=1024, pad_token_id=PAD))
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(ours, folder + "/m")
         peer = AutoModelForCausalLM.from_pretrained(folder + "/m").eval()
-    prompts = [[random.randrange(25, 1500) for _ in range(random.randint(30, 90))] for _ in range(9 if quick else 34)] * 30
+    prompts = [[random.randrange(25, 1500) for _ in range(random.randint(30, 90))] for _ in range(prefixes)] * 30
     runs = {"phi4_ref": (engine, ours), "engine, their model": (engine, peer), "transformers": (theirs, peer)}
     speeds = {name: [] for name in runs}
-    for _ in range(3 if quick else 5):
+    for _ in range(rounds):
         for name, (run, model) in runs.items():
             start = time.perf_counter()
             n = run(model, prompts)
@@ -63,4 +63,6 @@ def main(quick):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="fewer rollouts and rounds")
-    main(parser.parse_args().quick)
+    parser.add_argument("--prefixes", type=int, help="other than 34, or 9 with --quick")
+    args = parser.parse_args()
+    main(args.prefixes or (9 if args.quick else 34), 3 if args.quick else 5)

@@ -1,6 +1,6 @@
 """Tokens/s of `write_shards` against `datasets.map(num_proc=...)`, from the same Parquet file with as many processes.
 
-    python tests/bench/shards.py [--quick]
+    python tests/bench/shards.py [--quick] [--documents N]
 
 The text is real where PHI4_REF_DATA is set (Python files and grade-school problems, repeated under different first lines), generated elsewhere. Both start from the file and end with ids on disk: ours in shards,
 theirs in an Arrow cache; the peer's function is what its documentation advises (batched, Python tokenizer threads off, text columns removed). Rounds alternate, so that a busy machine slows both.
@@ -57,10 +57,11 @@ def theirs(path, tokenizer, out):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument('--quick', action='store_true', help='less text, fewer rounds')
-    quick = parser.parse_args().quick
-    rounds, copies = (2, 1) if quick else (5, 5)
+    parser.add_argument('--documents', type=int, help='only the first so many')
+    args = parser.parse_args()
+    rounds, copies = (2, 1) if args.quick else (5, 5)
     datasets.disable_progress_bars()
-    documents = [f'{i}\n{text}' for i in range(copies) for text in texts()]
+    documents = [f'{i}\n{text}' for i in range(copies) for text in texts()[:args.documents]]
     tokenizer = train_tokenizer(documents[:3000], 8192)
     print(f'datasets {datasets.__version__}, tokenizers {tokenizers.__version__}, {cpus()} processes, {platform.processor() or platform.machine()}, {sum(map(len, documents)) / 1e6:.1f}M characters')
     print(f'{"round":>5} {"ours":>11} {"map":>11} {"ratio":>6}   tokens/s')

@@ -1,6 +1,6 @@
 """Training tokens per second and peak memory: our loop, the transformers `Trainer`, both compiled, and a plain loop in nanoGPT's manner.
 
-    python tests/bench/train_throughput.py [--size toy|medium] [--quick] [--out FILE]
+    python tests/bench/train_throughput.py [--size toy|medium] [--eager] [--quick] [--out FILE]
 
 The same network of random weights for all (toy: model and batch of `phi4 run toy`; medium: 44M parameters, 2 rows of 1,024 tokens a step), AdamW, clipping, and bfloat16
 autocast where the machine computes in it. `Trainer` trains `Phi3ForCausalLM`; the plain loop is get_batch, forward, `cross_entropy` of all logits, backward,
@@ -26,8 +26,8 @@ from phi4_ref.train.loop import TrainSettings, computes_bf16, make_optimizer, tr
 
 TOY = load_config('toy')
 SIZES = dict(toy=(ModelConfig(**TOY.model.model_dump(), max_position_embeddings=TOY.pretrain.context), TOY.pretrain.batch_size, TOY.pretrain.context),
-             medium=(ModelConfig(16_384, 512, 8, 8, 2, 1792, 1024), 2, 1024))
-ROUNDS = dict(toy=(10, 3), medium=(5, 1))  # rounds, and steps of each process in a round
+             medium=(ModelConfig(16_384, 512, 8, 8, 2, 1792, 1024), 2, 1024), tiny=(ModelConfig(512, 64, 2, 4, 2, 128, 64), 4, 64))  # tiny: to see that it runs
+ROUNDS = dict(toy=(10, 3), medium=(5, 1), tiny=(2, 1))  # rounds, and steps of each process in a round
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 BF16 = computes_bf16(DEVICE)
 
@@ -115,10 +115,10 @@ def steps_of(pipe, n):
     return peak
 
 
-def measure(size, rounds, each, out):
+def measure(size, rounds, each, out, runs=tuple(RUNS)):
     "Of each run: seconds until its first step is made, tokens/s of every round, peak bytes."
-    pipes, start, speeds, peak = {}, {}, {name: [] for name in RUNS}, {}
-    for name in RUNS:
+    pipes, start, speeds, peak = {}, {}, {name: [] for name in runs}, {}
+    for name in runs:
         began, (pipes[name], theirs) = time.perf_counter(), torch.multiprocessing.Pipe()
         torch.multiprocessing.get_context('spawn').Process(target=worker, args=(name, theirs, f'{out}/{len(pipes)}', size, rounds * each + 4), daemon=True).start()
         theirs.close()  # so that a process that fails is an EOFError here, not a wait without end
@@ -143,19 +143,21 @@ def table(size, start, speeds, peak):
            f'{weights / 1e6:.1f}M parameters, {rows} x {context} tokens, {"bf16 autocast" if BF16 else "float32"}\n')
     yield f'| {"":18} | {"tokens/s":>8} | {"over Trainer":>12} | {"peak MB":>7} | {"start s":>7} |'
     yield '| :-- | --: | --: | --: | --: |'
-    for name in RUNS: yield f'| {name:18} | {statistics.median(speeds[name]):8,.0f} | {statistics.median(over(name, "Trainer")):12.2f} | {peak[name] / 1e6:7,.0f} | {start[name]:7.0f} |'
-    yield f'\ncompiled over compiled Trainer: {spread(over("phi4_ref, compiled", "Trainer, compiled"))}  '
-    yield f'compiled over Trainer: {spread(over("phi4_ref, compiled", "Trainer"))}  '
+    for name in speeds: yield f'| {name:18} | {statistics.median(speeds[name]):8,.0f} | {statistics.median(over(name, "Trainer")):12.2f} | {peak[name] / 1e6:7,.0f} | {start[name]:7.0f} |'
+    if 'Trainer, compiled' in speeds:
+        yield f'\ncompiled over compiled Trainer: {spread(over("phi4_ref, compiled", "Trainer, compiled"))}  '
+        yield f'compiled over Trainer: {spread(over("phi4_ref, compiled", "Trainer"))}  '
     yield f'ratio: {spread(over("phi4_ref", "Trainer"))}'
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser()
     parser.add_argument('--size', choices=SIZES, default='toy')
+    parser.add_argument('--eager', action='store_true', help='leave out the compiled runs')
     parser.add_argument('--quick', action='store_true', help='fewer rounds')
     parser.add_argument('--out', type=Path, help='also write the table to this file')
     args = parser.parse_args()
     rounds, each = ROUNDS[args.size]
-    with tempfile.TemporaryDirectory() as folder: text = '\n'.join(table(args.size, *measure(args.size, 3 if args.quick else rounds, 1 if args.quick else each, folder)))
+    with tempfile.TemporaryDirectory() as folder: text = '\n'.join(table(args.size, *measure(args.size, 3 if args.quick else rounds, 1 if args.quick else each, folder, [name for name, (_, compiled) in RUNS.items() if not (args.eager and compiled)])))
     print(text)
     if args.out: args.out.write_text(text + '\n', encoding='utf-8')
