@@ -250,8 +250,8 @@ def restore(
     if path is None: return dict(step=0, tokens=0, seconds=0., run=run)
     check_same_run(state['run'], run, out_dir)
     load_checkpoint(path, model, optimizer, group)
-    states, of = state['rng'].values()
-    if accelerator.process_index < len(of): set_rng_state(states[of[accelerator.process_index]])
+    rng, me = state['rng'], accelerator.process_index
+    if me < len(rng['of']): set_rng_state(rng['states'][rng['of'][me]])
     return state
 
 # %% ../../nbs/39_train.checkpoint.ipynb #7051fc48
