@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import phi4_ref.data.collect as collect
-from phi4_ref.data.collect import as_question, from_files, load_benchmarks, save_tables, stream_rows
+from phi4_ref.data.collect import as_question, file_rows, from_files, load_benchmarks, local_files, save_tables, stream_rows
 from phi4_ref.data.curate import OWN_DEFECTS, curate, precision_recall
 from phi4_ref.teacher import WorldTeacher
 from phi4_ref.world import World
@@ -155,7 +155,7 @@ def test_files_that_are_no_data_set_say_what_to_give(tmp_path):
     (tmp_path/'none'/'a.csv').write_text('text\na\n')
     with pytest.raises(ValueError, match='none. is a directory without a file to read'): list(stream_rows(str(tmp_path/'none')))
     for path in ('b.jsonl', 'b/*', 'b.jsonl.zst'):
-        with pytest.raises(ValueError, match='no file matches .*/b'): list(stream_rows([files['path'], str(tmp_path/path)]))
+        with pytest.raises(ValueError, match='no file matches .*/b'): list(stream_rows(str(tmp_path/path)))
     with pytest.raises(ValueError, match='limit -1'): list(stream_rows(files['path'], limit=-1))
 
 
@@ -174,15 +174,33 @@ def test_files_of_all_kinds_are_read_in_the_order_of_their_names(tmp_path):
     for path in ('data/**', 'data/**/*.*'): assert [r['text'] for r in stream_rows(str(tmp_path/path))] == wanted
     for name in ('README.md', '.hidden.jsonl'): (tmp_path/'data'/name).write_bytes(line('not data'))
     assert [r['text'] for r in stream_rows(str(tmp_path/'data'))] == wanted and [r['text'] for r in stream_rows(str(tmp_path/'data'), limit=3)] == wanted[:3]
-    assert [r['text'] for r in stream_rows([str(tmp_path/'data'/'c.jsonl.gz'), str(inner), str(tmp_path/'data'/'a.jsonl')])] == 'c0 e0 b0 b1 a0 a1'.split()
+    assert [r['text'] for file in local_files(str(tmp_path/'data')) for r in file_rows(file, ['text'])] == wanted
 
 
 def test_zstandard_is_read_or_asked_for(tmp_path, monkeypatch):
     for name, data in dict(a=b'{"text": "a"}\n', b=b'', c=b'{"text": "c"}\n').items(): (tmp_path/f'{name}.jsonl.zst').write_bytes(pa.compress(data, 'zstd', asbytes=True))
     read = lambda: [r['text'] for r in stream_rows(str(tmp_path))]
+    assert [r['text'] for name in 'abc' for r in file_rows(str(tmp_path/f'{name}.jsonl.zst'), ['text'])] == ['a', 'c']  # without it
     if find_spec('zstandard'): assert read() == ['a', 'c']
     monkeypatch.setattr(collect, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match='a.jsonl.zst.: files ending in .zst are read with zstandard, which is not installed: pip install zstandard'): read()
+    with pytest.raises(ValueError, match='a.jsonl.zst.: `datasets` reads such files with zstandard, which is not installed: pip install zstandard'): read()
+
+
+def test_a_file_is_read_for_its_text_whatever_else_it_holds(tmp_path):
+    "Where `datasets` wants one type a column; a file that is cut off is named, not read to where it ends."
+    rows = [dict(text='2026-01-01', note=1), dict(text='b', note='two'), dict(text='c', more=[{}]), dict(text='d')]
+    files = lines(tmp_path, *rows)
+    assert list(file_rows(files['path'], ['text'])) == rows
+    (tmp_path/'list.json').write_text(json.dumps(rows, indent=1))
+    assert list(file_rows(str(tmp_path/'list.json'), ['text'])) == rows
+    whole = b'{"text": "a longer line"}\n' * 50
+    (tmp_path/'a.jsonl.gz').write_bytes(gzip.compress(whole)[:-9])
+    (tmp_path/'a.jsonl.zst').write_bytes(pa.compress(whole, 'zstd', asbytes=True)[:-5])
+    (tmp_path/'a.parquet').write_bytes(b'PAR1 and no more')
+    (tmp_path/'words.jsonl').write_text('"a"\n')
+    (tmp_path/'broken.jsonl').write_text('{"text": "a"}\n{"text"')
+    for name, said in {'a.jsonl.gz': 'ended before the end-of-stream', 'a.jsonl.zst': 'Truncated', 'a.parquet': 'not a parquet file', 'words.jsonl': "'a' is no row with columns", 'broken.jsonl': 'line 2 is no JSON'}.items():
+        with pytest.raises(ValueError, match=f'cannot read {tmp_path/name}: .*{said}'): list(file_rows(str(tmp_path/name), ['text']))
 
 
 def test_a_mistake_in_the_last_set_is_found_before_the_first_is_read(tmp_path, monkeypatch):
