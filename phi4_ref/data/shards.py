@@ -439,7 +439,7 @@ def load_shards(
     "The stores of some directories of shards. ValueError names what is unfinished, torn or made otherwise."
     parts, made = {}, tokenizer and tokenizer_fingerprint(tokenizer)
     for folder in map(Path, folders):
-        if not (folder/'shards.json').exists(): raise ValueError(f'{folder} holds no finished shards: run `write_shards` (or its stage) to the end')
+        if not (folder/'shards.json').exists(): raise ValueError(f'{folder} holds no finished shards: run `phi4 tokenize` (or `write_shards`) to the end' if folder.is_dir() else f'no directory {folder} with shards')
         head, entries = read_progress(folder)
         if made and head['tokenizer'] != made: raise ValueError(f"{folder} was tokenised by another tokenizer ({head['tokenizer']}, not {made}): tokenise it again with this one")
         made = head['tokenizer']
@@ -560,7 +560,8 @@ def tokenize_files(
 )->dict:                 # source -> {documents, tokens, shards}
     "Tokenise data sets into shards. ValueError, before any work, for what cannot be read."
     from phi4_ref.data.collect import file_rows, local_files, stream_rows
-    if (source is None) == (source_column is None): raise ValueError('whose documents are these? Give one source for all of them (such as web), or the column that names it')
+    if (source is None) == (source_column is None): raise ValueError('whose documents are these? Give source (one for all of them, such as web) or source_column (where each row says it)')
+    end_of_document(tokenizer)  # or it is refused
     tally = Counter()
     def count(what, n=1): tally[what] += n
     def documents(path, blank):
