@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
@@ -556,8 +557,7 @@ def tokenize_files(
     name:str=None, split:str='train',  # of hub data sets, as for `stream_rows`
     limit:int=None,                    # at most so many documents, in all
     shard_tokens:int=2**28, workers:int=None, say=print,  # as for `write_shards`
-    progress:bool=None,  # a bar; None: where a terminal watches
-)->dict:                 # source -> {documents, tokens, shards}
+)->dict:         # source -> {documents, tokens, shards}
     "Tokenise data sets into shards. ValueError, before any work, for what cannot be read."
     from phi4_ref.data.collect import file_rows, local_files, stream_rows
     if (source is None) == (source_column is None): raise ValueError('whose documents are these? Give source (one for all of them, such as web) or source_column (where each row says it)')
@@ -571,7 +571,8 @@ def tokenize_files(
     for path in paths:
         if os.path.isdir(path) and Path(folder).resolve().is_relative_to(Path(path).resolve()): raise ValueError(f'the shards in {folder} would be among the files of {path}: give a directory elsewhere')
         if next(documents(path, lambda number: None), None) is None: raise ValueError(f'{path} has no row with text in its column {text_column!r}')
-    with tqdm(unit=' documents', unit_scale=True, disable=None if progress is None else not progress) as bar:
+    wait = 0 if sys.stderr.isatty() else 60  # in the log of a job a line a minute is enough
+    with tqdm(unit=' documents', unit_scale=True, delay=wait, mininterval=wait or .1, maxinterval=wait or 10) as bar:
         def rows():
             for row in islice(chain.from_iterable(documents(path, lambda number: count('blank')) for path in paths), limit): count('read'); bar.update(); yield row
         def seen(tokens): count('tokens', tokens); bar.set_postfix_str(f"{tally['tokens']:,} tokens", refresh=False)
