@@ -10,8 +10,8 @@ __all__ = ['ROWS', 'CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'SHAR
            'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage', 'mixed', 'pivotal_pairs', 'dpo',
            'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only', 'final', 'asked_of',
            'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'check_training', 'data_sets',
-           'check_data', 'check_supply', 'check_shares', 'check_teacher', 'check_ahead', 'shard_prints', 'needs_again',
-           'together', 'run_stage', 'keep_config', 'run']
+           'check_data', 'check_supply', 'given_stores', 'check_shares', 'check_teacher', 'check_ahead', 'shard_prints',
+           'needs_again', 'together', 'run_stage', 'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
 import glob
@@ -661,15 +661,21 @@ def check_supply(
         raise ValueError(f"pretrain.fractions wants {', '.join(empty)}, and neither collect nor synth makes any: set the share to 0, or name data (collect.documents) or counts (synth.rewrites and others)")
     if "pts" in names and not (s.vote_on and (c.kind == "world" or c.questions)): raise ValueError("pts will have no questions: " + ("raise synth.vote_on" if not s.vote_on else "name a data set in collect.questions"))
 
-def check_shares(
-    section,    # `Pretrain`
-    tokenizer,  # that it names
-)->None:
-    "ValueError for given shards that cannot be read with a tokenizer, or hold nothing of a source of the mixture."
+def given_stores(
+    section,         # `Pretrain`
+    tokenizer=None,  # that it names, to be compared with that of the shards
+)->dict:             # source -> store; of no sources where no shards are given
+    "The shards that a configuration names. ValueError for what cannot be read."
     from phi4_ref.data.shards import load_shards
-    if not section.shards: return
-    try: stores = load_shards(*section.shards, tokenizer=tokenizer)
+    try: return load_shards(*section.shards, tokenizer=tokenizer)
     except ValueError as error: raise ValueError(f"pretrain.shards: {error}") from error
+
+def check_shares(
+    section, tokenizer,  # as above
+)->None:
+    "ValueError for given shards of another tokenizer, or that hold nothing of a source of the mixture."
+    if not section.shards: return
+    stores = given_stores(section, tokenizer)
     if empty := [source for source, share in section.fractions.items() if share and not (source in stores and stores[source].size)]:
         raise ValueError(f"pretrain.fractions wants {', '.join(empty)}, and pretrain.shards hold {', '.join(stores) or 'nothing'}: set the share to 0, or name shards that have it")
 
@@ -706,9 +712,8 @@ def check_ahead(
 # %% ../nbs/70_run.ipynb #91fc3489
 def shard_prints(stage, config)->dict:
     "What the shards hold that a configuration gives to a stage, source by source; nothing where it gives none."
-    from phi4_ref.data.shards import load_shards
-    if "pretrain" not in stage.sections or not config.pretrain.shards: return {}
-    return {f"shards of {source}": store.fingerprint for source, store in load_shards(*config.pretrain.shards).items()}
+    if "pretrain" not in stage.sections: return {}
+    return {f"shards of {source}": store.fingerprint for source, store in given_stores(config.pretrain).items()}
 
 def needs_again(folder, stage, config, inputs):
     "Whether a forced run must redo a stage: its settings or inputs differ."

@@ -147,6 +147,7 @@ def test_moved_shards_are_the_same_and_others_are_refused(tiny_run, given, tmp_p
         write_shards(some, run_module.open_tokenizer(tiny_run/'pretrain'), folder/name)
     with pytest.raises(StageRefused, match=r"pretrain was made with different settings:\n  input shards of web: '\w+' -> '\w+'\nUse"): run(config_of(tiny_run, folder, shards=('web', 'others2')), 'pretrain')
     with pytest.raises(StageRefused, match=r'midtrain was made with different settings:\n  input shards of code: '): run(config_of(tiny_run, folder, shards=('web2', 'others2', 'extra')), 'midtrain')
+    with pytest.raises(ValueError, match='^pretrain.shards: no directory .*/gone with shards$'): run(config_of(tiny_run, folder, shards=('gone',)), 'midtrain')
     for stage in ('curate', 'synth'): shutil.copytree(tiny_run/stage, folder/'run'/stage)
     with pytest.raises(StageRefused, match='input shards of web: .* -> .absent'): run(config_of(tiny_run, folder, 'pretrain.shards=[]'), 'pretrain')
 
