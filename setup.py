@@ -18,7 +18,7 @@ setup(
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
     extras_require={
         'dev': cfg['dev_requirements'].split(), 'gpu': ['flash-attn'], 'pdf': ['pypdfium2'],
-        'scale': ['datatrove'], 'gguf': ['gguf>=0.10'], 'eval': ['lm-eval'], 'peft': ['peft'], 'deepspeed': ['deepspeed>=0.19'], 'bench': ['trl>=1.16', 'trafilatura'],
+        'scale': ['datatrove'], 'gguf': ['gguf>=0.10'], 'eval': ['lm-eval'], 'peft': ['peft'], 'zst': ['zstandard'], 'deepspeed': ['deepspeed>=0.19'], 'bench': ['trl>=1.16', 'trafilatura'],
     },
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     zip_safe=False,

@@ -169,6 +169,7 @@ def build(
     inputs:dict[str, Path],  # input name -> artifact directory, all complete
     seed:int=0,            # recorded
     force:bool=False,      # redo although it is finished, or was begun otherwise
+    given:dict[str, str]={},  # fingerprints of inputs that are no artifacts, by name
 )->dict:                   # the manifest
     "Run a stage once: skip it if done, continue it if begun, refuse it if different."
     folder, start, earlier = Path(folder), time.time(), 0
@@ -179,7 +180,7 @@ def build(
     for name, path in inputs.items():
         if made[name] is None: raise FileNotFoundError(f"stage {folder.name} needs {path}, which is not finished: run the stage {name} first")
         check_whole(Path(path), made[name])
-    asked = {"config": json.loads(json.dumps(config)), "inputs": {name: manifest["fingerprint"] for name, manifest in made.items()}}
+    asked = {"config": json.loads(json.dumps(config)), "inputs": {name: manifest["fingerprint"] for name, manifest in made.items()} | given}
     if done and not force:
         refuse_if_different(done, asked, folder)
         check_whole(folder, done)

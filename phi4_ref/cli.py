@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'app', 'Target', 'Changes', 'Seed', 'Force', 'VERBS_HELP', 'keep_memory', 'find_config',
            'interrupts_kept', 'report_mistakes', 'add_verb', 'pts_options', 'refuse_both', 'draw_figure3', 'pts',
-           'plan', 'numbers', 'stress', 'reply', 'chat', 'main']
+           'plan', 'numbers', 'stress', 'tokenize', 'reply', 'chat', 'main']
 
 # %% ../nbs/71_cli.ipynb #2355abff
 import os
@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from .config import CONFIGS, load_config
+from .paper import TABLE_5
 
 # %% ../nbs/71_cli.ipynb #2b5fbbe3
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -233,11 +234,35 @@ def stress(
     warmups:Annotated[str, typer.Option(help="Warm-ups to try, times the configured one.")]="0,0.25,1",
     factors:Annotated[str, typer.Option(help="Peak rates to try, times the configured one.")]="0.5,1,2,4,8",
 ):
-    "Which peak learning rates and warm-ups pretraining survives (section 3); needs the run's documents (collect, curate, synth)."
+    "Which peak learning rates and warm-ups pretraining survives (section 3); needs the run's documents (collect, curate, synth), or pretrain.shards."
     keep_memory()
     def work():
         from phi4_ref.run import stress as stress_run
         stress_run(find_config(target, changes or []), steps, numbers(warmups), numbers(factors))
+    report_mistakes(work)
+
+# %% ../nbs/71_cli.ipynb #5a1c71a2
+@app.command(help="Text to token shards, beforehand and on CPUs; pretraining and midtraining read them with pretrain.shards=[OUT] and pretrain.tokenizer. Called again, it goes on where it stopped.")
+def tokenize(
+    data:Annotated[list[str], typer.Argument(help="Files (.parquet, .jsonl, .json; .gz and .zst too), globs, directories, or hub data sets.", metavar="DATA...")],
+    tokenizer:Annotated[str, typer.Option(help="A directory or a hub name.")],
+    out:Annotated[str, typer.Option(help="Directory of the shards.")],
+    text_column:str="text",
+    source:Annotated[str, typer.Option(help="Whose documents these are: web, web_rewrite, synthetic, code or acquired, as in pretrain.fractions.")]=None,
+    source_column:Annotated[str, typer.Option(help="Or the column in which each row says it.")]=None,
+    workers:Annotated[int, typer.Option(min=1, help="Processes; without it, one a CPU.")]=None,
+    shard_tokens:Annotated[int, typer.Option(min=1, help="Tokens a shard, at most.")]=2**28,
+    limit:Annotated[int, typer.Option(min=1, help="At most so many documents, in all.")]=None,
+    split:Annotated[str, typer.Option(help="Of hub data sets.")]="train",
+    name:Annotated[str, typer.Option(help="Configuration of hub data sets.")]=None,
+):
+    def work():
+        from phi4_ref.data.shards import tokenize_files
+        from phi4_ref.run import given_tokenizer
+        loaded = given_tokenizer(tokenizer, None, "--tokenizer")
+        counts = tokenize_files(data, loaded, out, text_column=text_column, source=source, source_column=source_column, name=name, split=split, limit=limit, shard_tokens=shard_tokens, workers=workers)
+        for of, n in counts.items(): print(f"{of}: {n['documents']:,} documents, {n['tokens']:,} tokens, {n['shards']:,} shard{'s' * (n['shards'] > 1)}")
+        if unmixed := sorted(set(counts) - set(TABLE_5)): print(f"a run mixes {', '.join(TABLE_5)} (pretrain.fractions); it leaves {', '.join(unmixed)} unread")
     report_mistakes(work)
 
 # %% ../nbs/71_cli.ipynb #232a9cec

@@ -47,8 +47,8 @@ class WorldSource(Section):
     items: PositiveInt           # items of each benchmark
 
 class Files(Section):
-    "One data set: a local .parquet/.jsonl file, or a hub data set."
-    path: str                # file, glob, or hub name
+    "One data set: local .parquet/.jsonl files, or a hub data set."
+    path: str                # file, glob, directory, or hub name
     name: str | None = None  # hub configuration
     split: str = "train"
     text: str = "text"       # column of the text, question or HTML
@@ -163,11 +163,13 @@ class Pretrain(Training):
     fractions: dict[Literal["web", "web_rewrite", "synthetic", "code", "acquired"], Fraction]  # of the token budget
     validation_rows: Count = 0    # sequences of each source kept out of training, their loss logged with every checkpoint
     tokenizer: str | None = None  # a tokenizer directory; None trains one on the documents
+    shards: list[str] = []        # directories by `phi4 tokenize` that are read instead of the run's own documents, in midtraining too
     document_mask: bool = False   # keep documents that share a row from seeing each other; in midtraining too
-    max_chars: PositiveInt | None = None  # longer documents wait for midtraining, whose long data is newly curated (phi-4 §3.3)
+    max_chars: PositiveInt | None = None  # longer documents wait for midtraining, whose long data is newly curated (phi-4 §3.3); of the run's own documents only
 
     @model_validator(mode="after")
     def _whole(self):
+        if self.shards and not self.tokenizer: raise ValueError("shards are ids of one tokenizer, which the model needs too: name it in tokenizer")
         if abs(sum(self.fractions.values()) - 1) > 1e-6: raise ValueError(f"fractions sum to {sum(self.fractions.values()):.4f}, not 1")
         return self
 

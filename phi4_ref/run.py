@@ -10,8 +10,8 @@ __all__ = ['ROWS', 'CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'SHAR
            'refusals', 'sft_data', 'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage', 'mixed',
            'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only', 'final',
            'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'check_training',
-           'data_sets', 'check_data', 'check_supply', 'check_teacher', 'check_ahead', 'needs_again', 'together',
-           'run_stage', 'keep_config', 'run']
+           'data_sets', 'check_data', 'check_supply', 'given_stores', 'check_shares', 'check_teacher', 'check_ahead',
+           'shard_prints', 'needs_again', 'together', 'run_stage', 'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
 import glob
@@ -51,8 +51,8 @@ class Stage:
         return SimpleNamespace(seed=config.seed, compute=computed(config, self.sections[0] if self.sections else self.name), save_dtype=config.compute.save_dtype, **{s: getattr(config, s) for s in self.sections})
 
     def settings(self, config:Config)->dict:
-        "The same as plain values, for the manifest."
-        return {"seed": config.seed, **{s: getattr(config, s).model_dump(mode="json") for s in self.sections}}
+        "The same as plain values, for the manifest; given shards are known by what they hold, not by where they lie."
+        return {"seed": config.seed, **{s: getattr(config, s).model_dump(mode="json", exclude={"shards"}) for s in self.sections}}
 
 # %% ../nbs/70_run.ipynb #c9369124
 def make_world(
@@ -190,15 +190,17 @@ def hub_answers()->bool:
     except Exception: return False
 
 def given_tokenizer(
-    path:str,        # `pretrain.tokenizer`: a directory, or a hub name
-    vocab_size:int,  # `model.vocab_size`
+    path:str,             # a directory, or a hub name
+    vocab_size:int|None,  # `model.vocab_size`; None: of any size
+    place:str="pretrain.tokenizer",  # where it was named, for a message
 ):
     "The tokenizer that a configuration names. ValueError says why it cannot be read, or does not fit the model."
     from transformers import AutoTokenizer
     local = Path(path).is_dir() or not hub_answers()
     try: tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
-    except Exception as error: raise ValueError(f"pretrain.tokenizer: {path!r} is no directory with a tokenizer" + ("" if Path(path).is_dir() else ", nor can it be had from the hub") + f" ({str(error).splitlines()[0].strip()})") from error
-    if len(tokenizer) > vocab_size: raise ValueError(f"pretrain.tokenizer: {path} has {len(tokenizer):,} tokens, and model.vocab_size {vocab_size:,} has no room for them: raise it to that number or above")
+    except Exception as error: raise ValueError(f"{place}: {path!r} is no directory with a tokenizer" + ("" if Path(path).is_dir() else ", nor can it be had from the hub") + f" ({str(error).splitlines()[0].strip()})") from error
+    if not tokenizer.is_fast: raise ValueError(f"{place}: {path} is a tokenizer in Python, too slow for a corpus: give one with a tokenizer.json")
+    if vocab_size and len(tokenizer) > vocab_size: raise ValueError(f"{place}: {path} has {len(tokenizer):,} tokens, and model.vocab_size {vocab_size:,} has no room for them: raise it to that number or above")
     return tokenizer
 
 def share_shards(
@@ -219,27 +221,28 @@ def share_shards(
 def pretraining_data(
     c, inputs,
     shards:Path,  # directory to tokenise into, by the first process; the others wait
-):
-    "The model's shape and tokenizer; the documents of pretraining are in `shards` then."
+):                # (the model's shape, tokenizer, directories of shards)
+    "What pretraining needs of data: the shards that are given, or those of the run's documents."
     from accelerate import PartialState
 
     from phi4_ref.data.shards import tokenizer_fingerprint, write_shards
     from phi4_ref.model.tokenizer import train_tokenizer
     from phi4_ref.model.transformer import ModelConfig
-    p = c.pretrain
+    p, shape = c.pretrain, ModelConfig(**c.model.model_dump(), max_position_embeddings=c.pretrain.context)
+    if p.shards: return shape, given_tokenizer(p.tokenizer, c.model.vocab_size), p.shards
     def documents(): return (d for d in training_documents(inputs) if not p.max_chars or len(d["text"]) <= p.max_chars)
     tokenizer = given_tokenizer(p.tokenizer, c.model.vocab_size) if p.tokenizer else train_tokenizer((d["text"] for d in documents()), c.model.vocab_size)
     made = artifact.digest({"tokenizer": tokenizer_fingerprint(tokenizer), "max_chars": p.max_chars, "inputs": {name: artifact.finished(inputs[name])["fingerprint"] for name in ("curate", "synth")}})
     with PartialState().main_process_first():
         if is_first(): share_shards(inputs["curate"].parent, shards, made)
         write_shards(documents(), tokenizer, shards)
-    return ModelConfig(**c.model.model_dump(), max_position_embeddings=p.context), tokenizer
+    return shape, tokenizer, [shards]
 
 def pretrain(c, inputs, out):
     "A base model from documents, mixed by Table 5 (phi-4 §3)."
     from phi4_ref.train.pretrain import pretrain as run_pretraining
-    p, (shape, tokenizer) = c.pretrain, pretraining_data(c, inputs, out/"shards")
-    counts = run_pretraining(shape, out/"shards", tokenizer, train_settings(p, c.seed), out, fractions=p.fractions, tokens=p.tokens,
+    p, (shape, tokenizer, shards) = c.pretrain, pretraining_data(c, inputs, out/"shards")
+    counts = run_pretraining(shape, shards, tokenizer, train_settings(p, c.seed), out, fractions=p.fractions, tokens=p.tokens,
                              context=p.context, batch_size=p.batch_size, seed=c.seed, validation_rows=p.validation_rows, document_mask=p.document_mask,
                              save_every=p.save_every, save_dtype=c.save_dtype, **c.compute)
     mixture = counts.pop("mixture")
@@ -261,12 +264,13 @@ def stress(
     from phi4_ref.train.data import MixtureBatches
     from phi4_ref.train.loop import as_launched, hold_out
     from phi4_ref.train.stress import safe_text, stress as stress_grid, stress_picture, stress_table
-    p, inputs, out = config.pretrain, {name: Path(config.out)/name for name in ("curate", "synth")}, Path(config.out)/"stress"
+    p, out = config.pretrain, Path(config.out)/"stress"
+    inputs = {} if p.shards else {name: Path(config.out)/name for name in ("curate", "synth")}
     for name, path in inputs.items():
         if artifact.finished(path) is None: raise ValueError(f"stress needs {path}, which is not finished: run `phi4 {name} {config.out}` first")
     everyone = as_launched()  # before anything asks whether it is alone
-    shape, tokenizer = pretraining_data(config, inputs, out/"shards")
-    stores = load_shards(out/"shards", tokenizer=tokenizer)
+    shape, tokenizer, shards = pretraining_data(config, inputs, out/"shards")
+    stores = load_shards(*shards, tokenizer=tokenizer)
     if p.validation_rows: stores, _ = hold_out(stores, p.validation_rows, p.context)
     batches = MixtureBatches(stores, p.fractions, p.context, p.batch_size, p.steps, config.seed, document_end=end_of_document(tokenizer) if p.document_mask else None)
     def make_model():
@@ -289,10 +293,12 @@ def midtrain(c, inputs, out):
     from phi4_ref.data.shards import write_shards
     from phi4_ref.train.midtrain import midtrain as run_midtraining
     model, tokenizer = open_to_train(inputs["pretrain"], **c.compute)
-    m, longest = c.midtrain, c.pretrain.max_chars
-    long = (d for d in training_documents(inputs) if longest and len(d["text"]) > longest)  # those that pretraining left out
-    with PartialState().main_process_first(): write_shards(long, tokenizer, out/"shards")
-    counts = run_midtraining(model, [inputs["pretrain"]/"shards", out/"shards"], tokenizer, train_settings(m, c.seed), out, fractions=c.pretrain.fractions, tokens=m.tokens, context=m.context,
+    m, longest, shards = c.midtrain, c.pretrain.max_chars, c.pretrain.shards
+    if not shards:
+        long = (d for d in training_documents(inputs) if longest and len(d["text"]) > longest)  # those that pretraining left out
+        with PartialState().main_process_first(): write_shards(long, tokenizer, out/"shards")
+        shards = [inputs["pretrain"]/"shards", out/"shards"]
+    counts = run_midtraining(model, shards, tokenizer, train_settings(m, c.seed), out, fractions=c.pretrain.fractions, tokens=m.tokens, context=m.context,
                              batch_size=m.batch_size, rope_theta=m.rope_theta, long_tokens=m.long_tokens, long_fraction=m.long_fraction, document_mask=c.pretrain.document_mask,
                              seed=c.seed, save_every=m.save_every, save_dtype=c.save_dtype)
     mixture = counts.pop("mixture")
@@ -583,7 +589,8 @@ def chosen(
     "The stages a verb means, with the controls the configuration asks for."
     names = [s.name for s in STAGES] if verb == "run" else VERBS.get(verb, [verb])
     left_out = {f"dpo_{control}" for control in ("shuffled", "full")} - {f"dpo_{control}" for control in config.dpo.controls}
-    stages = [Stage(s.name, s.make, s.sections, tuple(i for i in s.inputs if i not in left_out)) for s in STAGES if s.name in names and s.name not in left_out]
+    replaced = {"curate", "synth"} if config.pretrain.shards else set()  # as documents of these stages
+    stages = [Stage(s.name, s.make, s.sections, tuple(i for i in s.inputs if i not in left_out | (replaced if s.name in ("pretrain", "midtrain") else set()))) for s in STAGES if s.name in names and s.name not in left_out]
     if not stages: raise ValueError(f"no stage {verb!r}: choose run or one of {', '.join(s.name for s in STAGES)}")
     return stages
 
@@ -655,9 +662,27 @@ def check_supply(
     given = {"web", "code", "acquired"} if c.kind == "world" else {*c.documents, *(["web"] if c.pages else [])}
     if s.rewrites and "web" in given: given.add("web_rewrite")
     if s.worked or s.revisions or s.reversals or s.fim or s.conversations and s.rewrites: given.add("synthetic")
-    if empty := [source for source, share in config.pretrain.fractions.items() if share and source not in given]:
+    if not config.pretrain.shards and (empty := [source for source, share in config.pretrain.fractions.items() if share and source not in given]):
         raise ValueError(f"pretrain.fractions wants {', '.join(empty)}, and neither collect nor synth makes any: set the share to 0, or name data (collect.documents) or counts (synth.rewrites and others)")
     if "pts" in names and not (s.vote_on and (c.kind == "world" or c.questions)): raise ValueError("pts will have no questions: " + ("raise synth.vote_on" if not s.vote_on else "name a data set in collect.questions"))
+
+def given_stores(
+    section,         # `Pretrain`
+    tokenizer=None,  # that it names, to be compared with that of the shards
+)->dict:             # source -> store; of no sources where no shards are given
+    "The shards that a configuration names. ValueError for what cannot be read."
+    from phi4_ref.data.shards import load_shards
+    try: return load_shards(*section.shards, tokenizer=tokenizer)
+    except ValueError as error: raise ValueError(f"pretrain.shards: {error}") from error
+
+def check_shares(
+    section, tokenizer,  # as above
+)->None:
+    "ValueError for given shards of another tokenizer, or that hold nothing of a source of the mixture."
+    if not section.shards: return
+    stores = given_stores(section, tokenizer)
+    if empty := [source for source, share in section.fractions.items() if share and not (source in stores and stores[source].size)]:
+        raise ValueError(f"pretrain.fractions wants {', '.join(empty)}, and pretrain.shards hold {', '.join(stores) or 'nothing'}: set the share to 0, or name shards that have it")
 
 def check_teacher(
     teacher,  # `Teacher`
@@ -682,7 +707,7 @@ def check_ahead(
     if "synth" in names and "pretrain" in names: check_supply(config, names)
     if any(TEACHER[1] in s.sections for s in stages if s.name in names): check_teacher(config.teacher)
     if names - {"collect", "curate", "synth", "report"}: check_training(config, names)
-    if "pretrain" in names and config.pretrain.tokenizer: given_tokenizer(config.pretrain.tokenizer, config.model.vocab_size)
+    if "pretrain" in names and config.pretrain.tokenizer: check_shares(config.pretrain, given_tokenizer(config.pretrain.tokenizer, config.model.vocab_size))
     elif "pretrain" in names:
         from phi4_ref.model.tokenizer import special_tokens
         size = config.model.vocab_size
@@ -690,11 +715,16 @@ def check_ahead(
 
 
 # %% ../nbs/70_run.ipynb #91fc3489
+def shard_prints(stage, config)->dict:
+    "What the shards hold that a configuration gives to a stage, source by source; nothing where it gives none."
+    if "pretrain" not in stage.sections: return {}
+    return {f"shards of {source}": store.fingerprint for source, store in given_stores(config.pretrain).items()}
+
 def needs_again(folder, stage, config, inputs):
     "Whether a forced run must redo a stage: its settings or inputs differ."
     done = artifact.finished(folder)
     if done is None: return True
-    same_inputs = done["inputs"] == {name: (artifact.finished(path) or {}).get("fingerprint") for name, path in inputs.items()}
+    same_inputs = done["inputs"] == {name: (artifact.finished(path) or {}).get("fingerprint") for name, path in inputs.items()} | shard_prints(stage, config)
     return not same_inputs or bool(artifact.differences(done["config"], stage.settings(config)))
 
 # %% ../nbs/70_run.ipynb #54f04663
@@ -738,7 +768,7 @@ def run_stage(
     needed, partial = redo or artifact.finished(folder) is None, folder.with_name(folder.name + ".partial")
     make = together(stage, needed, lambda out: stage.make(stage.view(config), inputs, out), partial)
     if make is None: return {}
-    manifest = artifact.build(folder, make, stage.settings(config), inputs, config.seed, force=redo)
+    manifest = artifact.build(folder, make, stage.settings(config), inputs, config.seed, force=redo, given=shard_prints(stage, config))
     if manifest["seconds"] and time.time() - start > 0.5:
         counts = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}" for k, v in manifest["counts"].items() if isinstance(v, (int, float)))
         print(f"{place} {stage.name:12} {manifest['seconds']:7.1f} s  {counts}", flush=True)

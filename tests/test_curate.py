@@ -1,12 +1,15 @@
 "The organic pipeline: planted defects go, traps stay, labels decide nothing."
+import gzip
 import json
+from importlib.util import find_spec
 
 import pytest
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from phi4_ref.data.collect import as_question, from_files, load_benchmarks, save_tables, stream_rows
+import phi4_ref.data.collect as collect
+from phi4_ref.data.collect import as_question, file_rows, from_files, load_benchmarks, local_files, save_tables, stream_rows
 from phi4_ref.data.curate import OWN_DEFECTS, curate, precision_recall
 from phi4_ref.teacher import WorldTeacher
 from phi4_ref.world import World
@@ -146,16 +149,61 @@ def test_a_data_set_without_rows_is_named_and_an_empty_stage_is_none(tmp_path):
 
 def test_files_that_are_no_data_set_say_what_to_give(tmp_path):
     files = lines(tmp_path, dict(text='a'))
-    with pytest.raises(ValueError, match='is a directory: give a glob'): list(stream_rows(str(tmp_path)))
     (tmp_path/'a.csv').write_text('text\na\n')
-    with pytest.raises(ValueError, match="ending in '.csv'"): list(stream_rows(str(tmp_path/'a.*')))
-    pq.write_table(pa.table({'text': ['a']}), tmp_path/'c.parquet')
-    with pytest.raises(ValueError, match='of one kind'): list(stream_rows(str(tmp_path/'[ac].[jp]*')))
+    with pytest.raises(ValueError, match="cannot read files ending in '.csv'"): list(stream_rows(str(tmp_path/'a.*')))
+    (tmp_path/'none').mkdir()
+    (tmp_path/'none'/'a.csv').write_text('text\na\n')
+    with pytest.raises(ValueError, match='none. is a directory without a file to read'): list(stream_rows(str(tmp_path/'none')))
+    for path in ('b.jsonl', 'b/*', 'b.jsonl.zst'):
+        with pytest.raises(ValueError, match='no file matches .*/b'): list(stream_rows(str(tmp_path/path)))
     with pytest.raises(ValueError, match='limit -1'): list(stream_rows(files['path'], limit=-1))
 
 
+def test_files_of_all_kinds_are_read_in_the_order_of_their_names(tmp_path):
+    "A directory, a glob and a list of its files are the same rows; what is no data, hidden or empty is passed over."
+    inner, line = tmp_path/'data'/'inner', lambda text: (json.dumps(dict(text=text)) + '\n').encode()
+    inner.mkdir(parents=True)
+    (tmp_path/'data'/'a.jsonl').write_bytes(line('a0') + line('a1'))
+    pq.write_table(pa.table({'text': ['b0', 'b1']}), tmp_path/'data'/'b.parquet')
+    pq.write_table(pa.table({'text': pa.array([], pa.string())}), tmp_path/'data'/'b2.parquet')
+    (tmp_path/'data'/'c.jsonl.gz').write_bytes(gzip.compress(line('c0')))
+    (tmp_path/'data'/'d.json.gz').write_bytes(gzip.compress(b''))
+    (inner/'e[1].json').write_bytes(line('e0'))
+    (inner/'f.parquet').write_bytes((tmp_path/'data'/'b.parquet').read_bytes())
+    wanted = 'a0 a1 b0 b1 c0 e0 b0 b1'.split()
+    for path in ('data/**', 'data/**/*.*'): assert [r['text'] for r in stream_rows(str(tmp_path/path))] == wanted
+    for name in ('README.md', '.hidden.jsonl'): (tmp_path/'data'/name).write_bytes(line('not data'))
+    assert [r['text'] for r in stream_rows(str(tmp_path/'data'))] == wanted and [r['text'] for r in stream_rows(str(tmp_path/'data'), limit=3)] == wanted[:3]
+    assert [r['text'] for file in local_files(str(tmp_path/'data')) for r in file_rows(file, ['text'])] == wanted
+
+
+def test_zstandard_is_read_or_asked_for(tmp_path, monkeypatch):
+    for name, data in dict(a=b'{"text": "a"}\n', b=b'', c=b'{"text": "c"}\n').items(): (tmp_path/f'{name}.jsonl.zst').write_bytes(pa.compress(data, 'zstd', asbytes=True))
+    read = lambda: [r['text'] for r in stream_rows(str(tmp_path))]
+    assert [r['text'] for name in 'abc' for r in file_rows(str(tmp_path/f'{name}.jsonl.zst'), ['text'])] == ['a', 'c']  # without it
+    if find_spec('zstandard'): assert read() == ['a', 'c']
+    monkeypatch.setattr(collect, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match='a.jsonl.zst.: `datasets` reads such files with zstandard, which is not installed: pip install zstandard'): read()
+
+
+def test_a_file_is_read_for_its_text_whatever_else_it_holds(tmp_path):
+    "Where `datasets` wants one type a column; a file that is cut off is named, not read to where it ends."
+    rows = [dict(text='2026-01-01', note=1), dict(text='b', note='two'), dict(text='c', more=[{}]), dict(text='d')]
+    files = lines(tmp_path, *rows)
+    assert list(file_rows(files['path'], ['text'])) == rows
+    (tmp_path/'list.json').write_text(json.dumps(rows, indent=1))
+    assert list(file_rows(str(tmp_path/'list.json'), ['text'])) == rows
+    whole = b'{"text": "a longer line"}\n' * 50
+    (tmp_path/'a.jsonl.gz').write_bytes(gzip.compress(whole)[:-9])
+    (tmp_path/'a.jsonl.zst').write_bytes(pa.compress(whole, 'zstd', asbytes=True)[:-5])
+    (tmp_path/'a.parquet').write_bytes(b'PAR1 and no more')
+    (tmp_path/'words.jsonl').write_text('"a"\n')
+    (tmp_path/'broken.jsonl').write_text('{"text": "a"}\n{"text"')
+    for name, said in {'a.jsonl.gz': 'ended before the end-of-stream', 'a.jsonl.zst': 'Truncated', 'a.parquet': 'not a parquet file', 'words.jsonl': "'a' is no row with columns", 'broken.jsonl': 'line 2 is no JSON'}.items():
+        with pytest.raises(ValueError, match=f'cannot read {tmp_path/name}: .*{said}'): list(file_rows(str(tmp_path/name), ['text']))
+
+
 def test_a_mistake_in_the_last_set_is_found_before_the_first_is_read(tmp_path, monkeypatch):
-    import phi4_ref.data.collect as collect
     read = []
     monkeypatch.setattr(collect, 'stream_rows', lambda path, *more: read.append((path, more[-1])) or stream_rows(path, *more))
     long = lines(tmp_path, *[dict(text='a')] * 50)

@@ -7,7 +7,8 @@ __all__ = ['DOCUMENTS', 'Store', 'TokenStore', 'id_dtype', 'make_store', 'end_of
            'tokenize_documents', 'text_fingerprint', 'tokenizer_fingerprint', 'text_encoder', 'serve', 'cpus',
            'start_workers', 'in_order', 'answer_to', 'text_chunks', 'ShardWriter', 'close', 'add', 'Shard', 'torn',
            'read_progress', 'whole_shards', 'unwritten', 'write_shards', 'write_missing', 'count_shards', 'JoinedStore',
-           'load_shards', 'check_shards', 'open_stores', 'PickedStore', 'pick', 'PartStore', 'cut']
+           'load_shards', 'check_shards', 'open_stores', 'PickedStore', 'pick', 'PartStore', 'cut', 'text_rows',
+           'tokenize_files']
 
 # %% ../../nbs/29_data.shards.ipynb #568cfa8a
 import hashlib
@@ -16,13 +17,15 @@ import multiprocessing
 import os
 import re
 import signal
-from collections import deque
+import sys
+from collections import Counter, deque
 from dataclasses import dataclass
-from itertools import chain, cycle
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from ..artifact import differences, digest
 from ..records import load_json, save_json
@@ -352,6 +355,7 @@ def write_shards(
     shard_tokens:int=2**28,  # tokens a shard, at most (ours)
     workers:int=None,        # processes that encode; None: one a CPU this process may use
     say=print,               # told of torn shards
+    seen=None,               # seen(tokens): told how many more there are, chunk by chunk
 )->dict:                     # source -> {documents, tokens, shards}
     "Tokenise documents into shards, from any stream of rows."
     folder, head = Path(folder), dict(format=1, tokenizer=tokenizer_fingerprint(tokenizer), dtype=id_dtype(len(tokenizer)).str, shard_tokens=shard_tokens)
@@ -363,13 +367,13 @@ def write_shards(
     written = whole_shards(folder, head, entries, say)
     kept = [shard.entry for shards in written.values() for shard in shards]
     if not (folder/'shards.json').exists() or len(kept) < len(entries):
-        entries = write_missing(unwritten(rows, written), tokenizer, folder, head, kept, workers or cpus())
+        entries = write_missing(unwritten(rows, written), tokenizer, folder, head, kept, workers or cpus(), seen or (lambda tokens: None))
         save_json(folder/'shards.json', head | dict(shards=entries))
     for left in [*folder.glob('*.part'), folder/'progress.jsonl']: left.unlink(missing_ok=True)
     return count_shards(entries)
 
 # %% ../../nbs/29_data.shards.ipynb #0711828a
-def write_missing(pairs, tokenizer, folder, head, kept, workers)->list:
+def write_missing(pairs, tokenizer, folder, head, kept, workers, seen)->list:
     "Encode and write what is left to do; index entries of all shards, by source and number."
     entries, writers, numbers = [], {}, {}
     for entry in kept: numbers[entry['source']] = numbers.get(entry['source'], 0) + 1
@@ -380,9 +384,11 @@ def write_missing(pairs, tokenizer, folder, head, kept, workers)->list:
         for line in [head, *kept]: note(line)
         os.replace(progress.name, folder/'progress.jsonl')
         (folder/'shards.json').unlink(missing_ok=True)  # it was finished, and a shard is torn
+        seen(sum(entry['tokens'] for entry in kept))
         for (source, _), encoded in in_order(lambda chunk: encode(chunk[1]), text_chunks(pairs), workers):
             if source not in writers: writers[source] = ShardWriter(folder, source, numbers.get(source, 0), head['shard_tokens'])
             for entry in writers[source].add(*encoded): done(entry)
+            seen(len(encoded[-1]))
         for writer in writers.values(): done(writer.close())
     return sorted(kept + entries, key=lambda entry: entry['name'])
 
@@ -434,7 +440,7 @@ def load_shards(
     "The stores of some directories of shards. ValueError names what is unfinished, torn or made otherwise."
     parts, made = {}, tokenizer and tokenizer_fingerprint(tokenizer)
     for folder in map(Path, folders):
-        if not (folder/'shards.json').exists(): raise ValueError(f'{folder} holds no finished shards: run `write_shards` (or its stage) to the end')
+        if not (folder/'shards.json').exists(): raise ValueError(f'{folder} holds no finished shards: run `phi4 tokenize` (or `write_shards`) to the end' if folder.is_dir() else f'no directory {folder} with shards')
         head, entries = read_progress(folder)
         if made and head['tokenizer'] != made: raise ValueError(f"{folder} was tokenised by another tokenizer ({head['tokenizer']}, not {made}): tokenise it again with this one")
         made = head['tokenizer']
@@ -520,3 +526,57 @@ def cut(
     k = int(np.searchsorted(starts[:-1], position, 'right')) - 1
     i = int(np.searchsorted(parts[k].offsets, position - starts[k], 'right')) - 1
     return JoinedStore([*parts[:k], PartStore(parts[k], 0, i)]), JoinedStore([PartStore(parts[k], i, len(parts[k])), *parts[k + 1:]])
+
+# %% ../../nbs/29_data.shards.ipynb #5a1c29a2
+def text_rows(
+    rows,             # dicts with columns of any names
+    where:str,        # what they were read from, for a message
+    text_column:str,  # holds the text
+    source:str=None,  # of all rows
+    source_column:str=None,    # or the column that holds each row's own
+    blank=lambda number: None, # told the number of each row that is left out
+):                    # yields {text, source}
+    "Rows as `write_shards` wants them, without those that have no text. ValueError names a row that is none."
+    from phi4_ref.data.collect import column, text_of
+    for i, row in enumerate(rows):
+        at = f'{where}, row {i}'
+        text = column(row, text_column, at)
+        if text is None or isinstance(text, str) and (not text or text.isspace()): blank(i); continue
+        document = dict(text=text_of(row, text_column, at), source=source or text_of(row, source_column, at, blank=False))
+        try: as_text(document, i)
+        except ValueError as error: raise ValueError(f'{where}: {error}') from error
+        yield document
+
+# %% ../../nbs/29_data.shards.ipynb #5a1c29a4
+def tokenize_files(
+    paths:list,  # files, globs, directories and hub names, as for `stream_rows`
+    tokenizer,   # a fast Hugging Face tokenizer
+    folder,      # of the shards; called again, continues
+    *,
+    text_column:str='text', source:str=None, source_column:str=None,  # as for `text_rows`
+    name:str=None, split:str='train',  # of hub data sets, as for `stream_rows`
+    limit:int=None,                    # at most so many documents, in all
+    shard_tokens:int=2**28, workers:int=None, say=print,  # as for `write_shards`
+)->dict:         # source -> {documents, tokens, shards}
+    "Tokenise data sets into shards. ValueError, before any work, for what cannot be read."
+    from phi4_ref.data.collect import file_rows, local_files, stream_rows
+    if (source is None) == (source_column is None): raise ValueError('whose documents are these? Give source (one for all of them, such as web) or source_column (where each row says it)')
+    end_of_document(tokenizer)  # or it is refused
+    tally = Counter()
+    def count(what, n=1): tally[what] += n
+    def documents(path, blank):
+        for file in local_files(path) or [None]:
+            rows = file_rows(file, [text_column, *([source_column] if source_column else [])]) if file else stream_rows(path, name, split)
+            yield from text_rows(rows, file or path, text_column, source, source_column, blank)
+    for path in paths:
+        if os.path.isdir(path) and Path(folder).resolve().is_relative_to(Path(path).resolve()): raise ValueError(f'the shards in {folder} would be among the files of {path}: give a directory elsewhere')
+        if next(documents(path, lambda number: None), None) is None: raise ValueError(f'{path} has no row with text in its column {text_column!r}')
+    wait = 0 if sys.stderr.isatty() else 60  # in the log of a job a line a minute is enough
+    with tqdm(unit=' documents', unit_scale=True, delay=wait, mininterval=wait or .1, maxinterval=wait or 10) as bar:
+        def rows():
+            for row in islice(chain.from_iterable(documents(path, lambda number: count('blank')) for path in paths), limit): count('read'); bar.update(); yield row
+        def seen(tokens): count('tokens', tokens); bar.set_postfix_str(f"{tally['tokens']:,} tokens", refresh=False)
+        counts = write_shards(rows(), tokenizer, folder, shard_tokens=shard_tokens, workers=workers, say=say, seen=seen)
+    if not tally['read']: say(f'{folder} was finished before, and nothing was read: documents of other files need a directory of their own')
+    if tally['blank']: say(f"rows without text, left out: {tally['blank']:,}")
+    return counts
