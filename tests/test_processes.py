@@ -57,6 +57,10 @@ def test_tied_weights_stay_tied(tmp_path):
     assert alone['rows'][0]['tied'] and two['rows'][0]['tied'] and two['sharded']
     assert_same(alone, two, 1e-4)
 
+def test_validation_rows_are_shared_or_refused_at_once(tmp_path):
+    launch('ddp', 'uneven_validation', tmp_path)
+    assert all((tmp_path/f'error_{rank}').read_text() == '3 validation rows of web cannot be shared by 2 processes: choose a multiple of them' for rank in range(2)) and not (tmp_path/'log.jsonl').exists()
+
 def test_a_process_makes_its_own_rows(one, tmp_path): assert_same(one, launch('ddp', 'train_parts', tmp_path), 1e-4)
 
 def test_sharded_weights_travel_in_bf16(tmp_path):

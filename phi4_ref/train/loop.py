@@ -490,6 +490,8 @@ def train(
     "Train to the end of the batches, continuing what was done before (phi-4 §3, §3.3, §4)."
     accelerator, log_file, steps = make_accelerator(settings, out_dir), Path(out_dir)/'log.jsonl', len(batches)
     main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    for name, batch in (validation or {}).items():
+        if (held := len(next(iter(batch.values())))) % processes: raise ValueError(f'{held} validation rows of {name} cannot be shared by {processes} processes: choose a multiple of them')
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     set_seed(settings.seed)
     if not accelerator.is_fsdp2: model.to(accelerator.device)  # FSDP2 moves it layer by layer, as it shards: whole, it may not fit
