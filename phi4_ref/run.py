@@ -203,6 +203,7 @@ def given_tokenizer(
     if vocab_size and len(tokenizer) > vocab_size: raise ValueError(f"{place}: {path} has {len(tokenizer):,} tokens, and model.vocab_size {vocab_size:,} has no room for them: raise it to that number or above")
     return tokenizer
 
+# %% ../nbs/70_run.ipynb #d7e31167
 def share_shards(
     run:Path,     # directory of the run
     shards:Path,  # where shards are wanted

@@ -7,8 +7,8 @@ __all__ = ['WINDOW', 'FORGIVEN', 'TrainSettings', 'lr_at', 'param_groups', 'make
            'ChunkedCrossEntropy', 'chunked_cross_entropy', 'lm_loss', 'cpu_vendor', 'computes_bf16', 'use_bf16',
            'Objective', 'process_share', 'own_rows', 'count_tokens', 'train_step', 'scale_gradients', 'broken_values',
            'is_spike', 'broken_rows', 'name_rows', 'cut_log', 'interrupt_flag', 'utilisation', 'account', 'hold_out',
-           'validate', 'check_compiler', 'trackers', 'set_mesh', 'as_launched', 'make_accelerator', 'gather_bf16',
-           'made_by_first', 'note_skipped', 'train']
+           'validate', 'check_validation', 'check_compiler', 'trackers', 'set_mesh', 'as_launched', 'make_accelerator',
+           'gather_bf16', 'made_by_first', 'note_skipped', 'train']
 
 # %% ../../nbs/41_train.loop.ipynb #2f93660f
 import json
@@ -388,6 +388,15 @@ def validate(
     set_rng_state(generators)
     return losses
 
+def check_validation(
+    validation:dict,  # as above
+    processes:int,
+):
+    "ValueError, before the first step, for rows that the processes cannot share."
+    for name, batch in validation.items():
+        rows = len(next(iter(batch.values())))
+        if rows % processes: raise ValueError(f'{rows} validation rows of {name} cannot be shared by {processes} processes: choose a multiple of them')
+
 # %% ../../nbs/41_train.loop.ipynb #a3f29b58
 def check_compiler(
     device,   # torch.device that a compiled model will run on
@@ -490,8 +499,7 @@ def train(
     "Train to the end of the batches, continuing what was done before (phi-4 §3, §3.3, §4)."
     accelerator, log_file, steps = make_accelerator(settings, out_dir), Path(out_dir)/'log.jsonl', len(batches)
     main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-    for name, batch in (validation or {}).items():
-        if (held := len(next(iter(batch.values())))) % processes: raise ValueError(f'{held} validation rows of {name} cannot be shared by {processes} processes: choose a multiple of them')
+    check_validation(validation or {}, processes)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     set_seed(settings.seed)
     if not accelerator.is_fsdp2: model.to(accelerator.device)  # FSDP2 moves it layer by layer, as it shards: whole, it may not fit
@@ -515,8 +523,7 @@ def train(
                 forgive = settings.skip_sigma is not None and state.get('broken', 0) < FORGIVEN
                 culprits = lambda: name_rows(batches, step, broken_rows(accelerator, objective, micros, rank * len(next(iter(batch.values())))))
                 try: row = train_step(accelerator, objective, optimizer, micros, settings, state.get('recent', ()), stop.is_set(), forgive)
-                except FloatingPointError as e: raise FloatingPointError(f'step {step + 1}: {e}, from {culprits()}. The weights are those of step {step}; '
-                                                                         f'the newest checkpoint in {out_dir}/checkpoints is from before it') from None
+                except FloatingPointError as e: raise FloatingPointError(f'step {step + 1}: {e}, from {culprits()}. The weights are those of step {step}; the newest checkpoint in {out_dir}/checkpoints is from before it') from None
                 if broken_values(row): note_skipped(row, culprits(), step, main)
                 stopped, seconds = row.pop('stop'), time.perf_counter() - start
                 row = account(state, row, lr, seconds) | utilisation(getattr(model, 'config', None), batch, seconds, device)
