@@ -27,7 +27,7 @@ from phi4_ref.train.loop import TrainSettings, computes_bf16, make_optimizer, tr
 TOY = load_config('toy')
 SIZES = dict(toy=(ModelConfig(**TOY.model.model_dump(), max_position_embeddings=TOY.pretrain.context), TOY.pretrain.batch_size, TOY.pretrain.context),
              medium=(ModelConfig(16_384, 512, 8, 8, 2, 1792, 1024), 2, 1024), tiny=(ModelConfig(512, 64, 2, 4, 2, 128, 64), 4, 64))  # tiny: to see that it runs
-ROUNDS = dict(toy=(10, 3), medium=(5, 1), tiny=(2, 1))  # rounds, and steps of each process in a round
+ROUNDS = dict(toy=(40, 3), medium=(10, 1), tiny=(2, 1))  # rounds, and steps of each process in a round
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 BF16 = computes_bf16(DEVICE)
 
@@ -137,7 +137,9 @@ def measure(size, rounds, each, out, runs=tuple(RUNS)):
 def table(size, start, speeds, peak):
     config, rows, context = SIZES[size]
     over = lambda a, b: [x / y for x, y in zip(speeds[a], speeds[b])]
-    spread = lambda ratios: f'{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})'
+    def spread(ratios):
+        low, middle, high = statistics.quantiles(ratios, n=4, method='inclusive')
+        return f'{middle:.2f} (middle half of the rounds {low:.2f}-{high:.2f})'
     with torch.device('meta'): weights = count_parameters(Transformer(config))
     yield (f'torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, {DEVICE.type}, {platform.processor() or platform.machine()}, '
            f'{weights / 1e6:.1f}M parameters, {rows} x {context} tokens, {"bf16 autocast" if BF16 else "float32"}\n')
