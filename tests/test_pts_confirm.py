@@ -107,9 +107,9 @@ def test_a_pivot_on_several_trajectories_is_one_pair():
     assert len({(*r['prompt_ids'], *r['chosen_ids'], None, *r['rejected_ids']) for r in pairs}) == len(pairs) == counts['candidates'] < counts['pivots'] / 2
 
 
-def test_the_margin_is_the_one_given_or_half_of_the_gap():
+def test_the_margin_is_the_one_given_or_two_fifths_of_the_gap():
     def of(**kw): return {round(r['meta']['margin'], 9) for r in search(forest(12), confirm_samples=8, fdr=1., **kw)[0]}
-    assert of(p_gap=.3) == {.15} and of(p_gap=.3, margin=.04) == {.04} and of(margin=0.) == {0}
+    assert of(p_gap=.3) == {.12} and of(p_gap=.3, margin=.04) == {.04} and of(margin=0.) == {0}
     for bad in (1., -.01):
         with pytest.raises(ValueError, match='margin=.* must be in'): search(forest(2), margin=bad)
 

@@ -22,7 +22,7 @@ from ..model.generate import inference, logprobs
 from ..model.tokenizer import text_ids
 from ..records import PREFERENCE, load, save_json
 from .oracle import oracle_name, right_choice
-from .pts import model_sampler, null_search, search, stored, trace
+from .pts import margin_of, model_sampler, null_search, search, stored, trace
 from .statistics import wilson
 
 # %% ../../nbs/55_post.dataset.ipynb #55f51627
@@ -78,7 +78,7 @@ def card(
     head = yaml.safe_dump(dict(tags=['pivotal-token-search', 'dpo', 'preference'], configs=[dict(config_name='default', data_files='pairs.parquet', default=True), dict(config_name='trl', data_files='trl.parquet')]), sort_keys=False)
     lines = lambda values: '\n'.join(f'| {k} | {v:g} |' if isinstance(v, float) else f'| {k} | {v:,} |' if isinstance(v, int) else f'| {k} | {v} |' for k, v in values.items() if v is not None)
     if 'oracle' in settings: settings = settings | dict(oracle=oracle_name(settings['oracle']))
-    margin = settings.get('margin'); margin = settings.get('p_gap', .2) / 2 if margin is None else margin
+    margin = margin_of(settings.get('p_gap', .2), settings.get('margin'))
     rollouts = 'fresh rollouts alone' if settings.get('fresh') else f"the rollouts that found it and further ones, as one of {counts['tested_tokens']} tokens that might have been found"
     tested = (f"Each pair was tested on {rollouts} (exact test: p(success) changes by more than {margin:g}, false discovery rate {settings['fdr']:.0%}), and its change was still estimated at {settings.get('p_gap', .2):g} or more in the end; that estimate is a little too large on average. With the verdicts shuffled among the rollouts of each candidate, {counts['null_pairs']:.1f} pairs would have passed (`null_pairs`). Shuffled, no token makes a difference, and the test asks for more than a margin: where that is above 0 the number is near 0 by construction. It shows that noise in the counts does not pass the test; it does not show how often chance proposes a pair and confirms it."
               + (f" That is what the whole search on verdicts by chance shows: it proposed {counts['null_search_candidates']} and confirmed {counts['null_search_pairs']}." if 'null_search_pairs' in counts else ' `phi4 pts --null` measures that: it repeats the whole search on verdicts by chance.')
