@@ -7,9 +7,9 @@ __all__ = ['ROWS', 'CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'SHAR
            'make_teacher', 'collect', 'curate_texts', 'curate', 'synthesise', 'is_first', 'train_settings',
            'training_documents', 'open_checkpoint', 'open_to_train', 'open_tokenizer', 'hub_answers', 'given_tokenizer',
            'share_shards', 'pretraining_data', 'pretrain', 'stress', 'midtrain', 'BaseModelLLM', 'best_answers',
-           'refusals', 'sft_data', 'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage', 'mixed',
-           'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only', 'final',
-           'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'check_training',
+           'refusals', 'safety_pairs', 'sft_data', 'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage',
+           'mixed', 'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only',
+           'final', 'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'check_training',
            'data_sets', 'check_data', 'check_supply', 'given_stores', 'check_shares', 'check_teacher', 'check_ahead',
            'shard_prints', 'needs_again', 'together', 'run_stage', 'keep_config', 'run']
 
@@ -351,6 +351,15 @@ def refusals(c, inputs, out, llm):
     save(out/"refusal_pairs.parquet", pairs, PREFERENCE)
     return refusal_sft(known, texts), counts | {"usually right": sum(r["p_right"] > 0.5 for r in known)} | paired
 
+def safety_pairs(inputs, out):
+    "The collected pairs of safe over unsafe replies in the model's tokens (phi-4 §4.2); kept in `out`."
+    from phi4_ref.post.dpo import chat_pairs
+    rows = load(inputs["collect"]/"safety.parquet")
+    if not rows: return {}
+    pairs, counts = chat_pairs(rows, open_tokenizer(inputs["midtrain"]), load_json(inputs["midtrain"]/"config.json")["max_position_embeddings"])
+    save(out/"safety_pairs.parquet", pairs, PREFERENCE)
+    return counts
+
 # %% ../nbs/70_run.ipynb #5a2d5791
 def sft_data(c, inputs, out):
     "What fine-tuning learns from: people's and synthetic chats, the best of several answers, refusals (phi-4 §2.4, §4.1, App. A.1)."
@@ -362,6 +371,7 @@ def sft_data(c, inputs, out):
     refused, counts = refusals(c, inputs, out, llm)
     save_json(out/"refusal_counts.json", counts)
     save(out/"conversations.parquet", rows + refused, CONVERSATION)
+    save_json(out/"safety_counts.json", safety_pairs(inputs, out))
     return {"chats": len(rows), "refusals": len(refused)}
 
 def sft(c, inputs, out):
@@ -437,19 +447,19 @@ def preference_stage(c, section, start:Path, pairs, out, kind, epochs=None):
 # %% ../nbs/70_run.ipynb #16eb25fa
 def mixed(
     pairs:list[dict],  # PREFERENCE rows of the stage
-    inputs:dict,       # with `sft_data`, which may hold refusal pairs
+    inputs:dict,       # with `sft_data`, which may hold pairs of refusals and of safety
     section,           # `DPO`: counts and refusal_fraction
     seed:int,
 )->list[dict]:         # what is trained on
-    "Pairs by source or kind of question, with a share of refusal pairs (phi-4 §4.2, App. A.1, Tables 7 and 8)."
+    "Pairs by source or kind of question, with a share of refusal and safety pairs (phi-4 §4.2, App. A.1, Tables 7 and 8)."
     from phi4_ref.post.dpo import largest_mixture, mix, mixture
-    file = inputs["sft_data"]/"refusal_pairs.parquet"
-    refused = load(file, PREFERENCE) if file.exists() else []
+    files = [inputs["sft_data"]/f"{name}_pairs.parquet" for name in ("refusal", "safety")]
+    more = [row for file in files if file.exists() for row in load(file, PREFERENCE)]
     if counts := section.counts:
-        sources = {name: [row for row in pairs + refused if name in (row["source"], row["meta"].get("kind"))] for name in counts}
+        sources = {name: [row for row in pairs + more if name in (row["source"], row["meta"].get("kind"))] for name in counts}
         if missing := [name for name, rows in sources.items() if not rows]: raise ValueError(f"counts asks for pairs of {', '.join(missing)}, and this run has none: leave it out")
         pairs = mixture(sources, counts, min(sum(counts.values()), largest_mixture(sources, counts)), seed)
-    return mix(pairs, refused, section.refusal_fraction, seed)
+    return mix(pairs, more, section.refusal_fraction, seed)
 
 def pivotal_pairs(c, inputs, shuffled=False):
     "The pairs of stage 1: pivotal, with refusals (phi-4 §4.3)."
@@ -631,12 +641,13 @@ def check_training(
 # %% ../nbs/70_run.ipynb #6ab1d0e6
 def data_sets(
     source,  # `FilesSource`
-)->list[tuple]:  # (place in the configuration, `Files`, columns that are read)
+)->list[tuple]:  # (place in the configuration, `Files` or `PairFiles`, columns that are read)
     "The data sets that a configuration names."
-    named = [(f"collect.{name}", getattr(source, name)) for name in ("pages", "questions", "conversations", "trivia")]
+    named = [(f"collect.{name}", getattr(source, name)) for name in ("pages", "questions", "conversations", "trivia", "safety")]
     named += [(f"collect.documents.{name}", files) for name, files in source.documents.items()] + [(f"collect.benchmarks.{name}", files) for name, files in source.benchmarks.items()]
     def columns(place, files):
         if place == "collect.conversations": return ["messages"]
+        if place == "collect.safety": return [files.chosen, files.rejected]
         return [files.text, files.answer] if place in ("collect.questions", "collect.trivia") or "benchmarks" in place else [files.text]
     return [(place, files, columns(place, files)) for place, files in named if files]
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from phi4_ref import paper, run
-from phi4_ref.config import CONFIGS, Config, Files, FilesSource, Model, PivotalDPO, Section, WorldSource, load_config, override, parse_value
+from phi4_ref.config import CONFIGS, Config, Files, FilesSource, Model, PairFiles, PivotalDPO, Section, WorldSource, load_config, override, parse_value
 from phi4_ref.model.transformer import ModelConfig, Transformer
 from phi4_ref.post.dpo import LOSSES
 from phi4_ref.world import World
@@ -64,12 +64,13 @@ REFUSED = {
     "dpo.lora_rank=-1": "toy.yaml: dpo.lora_rank: Input should be greater than or equal to 0 (got -1)",
     "judge.gamma=2": "toy.yaml: judge: gamma 2.0 is for the loss simpo, and loss is sigmoid",
     "judge.rows=pair": "toy.yaml: judge.rows: unknown key; known keys: batch_size",
-    "dpo.counts.maths=3": "toy.yaml: dpo.counts.maths: Input should be 'pts', 'problem', 'mcq', 'code' or 'refusal' (got 'maths')",
+    "dpo.counts.maths=3": "toy.yaml: dpo.counts.maths: Input should be 'pts', 'problem', 'mcq', 'code', 'refusal' or 'safety' (got 'maths')",
     "dpo.counts={pts: 90, refusal: 10}": "toy.yaml: dpo: counts says how many refusal pairs, and so does refusal_fraction 0.05: set it to 0, or leave refusal out of counts",
+    "judge.counts={judge_accuracy: 90, refusal: 5, safety: 5}": "toy.yaml: judge: counts says how many refusal pairs, and so does refusal_fraction 0.05: set it to 0, or leave refusal and safety out of counts",
     "dpo.counts={problem: 90, code: 10}": "toy.yaml: the whole: dpo.counts asks for pairs of code, and pts.kinds searches no such questions",
     "dpo.counts={pts: 90, code: 10}": "toy.yaml: dpo: counts asks for pts and for kinds of it: give pts, or the kinds",
     "pts.kinds=[maths]": "toy.yaml: pts.kinds.0: Input should be 'problem', 'mcq' or 'code' (got 'maths')",
-    "judge.counts={pts: 90}": "toy.yaml: judge.counts.pts: Input should be 'judge_accuracy', 'judge_overall' or 'refusal'",
+    "judge.counts={pts: 90}": "toy.yaml: judge.counts.pts: Input should be 'judge_accuracy', 'judge_overall', 'refusal' or 'safety'",
     "judge.models=[teacher, gpt]": "toy.yaml: judge.models.1: Input should be 'teacher', 'sft' or 'dpo' (got 'gpt')",
     "judge.models=[]": "toy.yaml: judge.models: List should have at least 1 item",
     "judge.orders=3": "toy.yaml: judge.orders: Input should be 1 or 2 (got 3)",
@@ -103,6 +104,13 @@ REFUSED = {
     "evaluate.max_new_tokens=1024": "evaluate.max_new_tokens 1024 leaves no room for a prompt in midtrain.context 1024",
     "curate={min_quality: 3, min_quality: 4}": "cannot read the value of 'curate={min_quality: 3, min_quality: 4}': the key min_quality stands twice",
 }
+
+
+def test_safety_pairs_are_counted_where_some_are_collected():
+    for section, changes in (("dpo", ["dpo.counts={pts: 90, safety: 10}", "dpo.refusal_fraction=0"]), ("judge", ["judge.counts={judge_accuracy: 90, safety: 10}", "judge.refusal_fraction=0"])):
+        for name in ("toy", "small"):
+            with pytest.raises(ValueError, match=f"{section}.counts asks for safety pairs, and collect.safety names no data set"): load_config(name, changes)
+        assert load_config("small", [*changes, "collect.safety.path=pairs.jsonl"]).collect.safety.chosen == "chosen"
 
 
 @pytest.mark.parametrize("change", REFUSED)
@@ -220,7 +228,7 @@ class Watched(dict):
     "Settings as plain dicts that note which keys the code asks for."
     def __init__(self, values, reads):
         super().__init__({key: Watched(value, reads) if isinstance(value, dict) else value for key, value in values.items()})
-        self.kind, self.reads = "FilesSource" if "kind" in values else "Files", reads
+        self.kind, self.reads = "FilesSource" if "kind" in values else "PairFiles" if "chosen" in values else "Files", reads
 
     def __getitem__(self, key):
         self.reads.add(f"{self.kind}.{key}")
@@ -235,6 +243,7 @@ def files_source(folder):
             "documents": {"web": write("web", *({"text": f"A document, number {i}."} for i in range(5))) | {"limit": 3}},
             "questions": write("questions", *question) | {"text": "q", "answer": "a"}, "trivia": write("trivia", *question) | {"text": "q", "answer": "a"},
             "conversations": write("chats", {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}),
+            "safety": write("safety", {"q": "How?", "good": "No.", "bad": "So."}) | {"prompt": "q", "chosen": "good", "rejected": "bad"},
             "benchmarks": {"sums": write("sums", *question) | {"text": "q", "answer": "a"}}}
 
 
@@ -243,8 +252,8 @@ def test_files_are_read_field_by_field(tmp_path, monkeypatch):
     with recording() as reads:
         monkeypatch.setattr(FilesSource, "model_dump", lambda self, **kw: Watched(plain(self, **kw), reads))
         counts = run.collect(SimpleNamespace(seed=0, collect=source), {}, tmp_path/"out")
-    assert counts == {"pages": 1, "documents": 3, "questions": 2, "conversations": 1, "trivia": 2, "benchmark items": 2}
-    assert {f"{kind.__name__}.{field}" for kind in (Files, FilesSource) for field in kind.model_fields} <= reads
+    assert counts == {"pages": 1, "documents": 3, "questions": 2, "conversations": 1, "trivia": 2, "safety": 1, "benchmark items": 2}
+    assert {f"{kind.__name__}.{field}" for kind in (Files, PairFiles, FilesSource) for field in kind.model_fields} <= reads
 
 
 WORLD = dict(people=20, pages=60, max_number=5, seed_questions=30, conversations=20, books=20, functions=20, items=6)
@@ -284,7 +293,7 @@ def test_the_teacher_is_the_one_named(monkeypatch):
 
 def test_every_field_is_read(tiny_reads):
     "What one run reads, and what the tests above show of the sections that are handed on whole or lie idle in the toy."
-    whole = {"WorldSource": WORLD, "Files": Files.model_fields, "FilesSource": FilesSource.model_fields, "Model": Model.model_fields}
+    whole = {"WorldSource": WORLD, "Files": Files.model_fields, "FilesSource": FilesSource.model_fields, "PairFiles": PairFiles.model_fields, "Model": Model.model_fields}
     shown = {f"{kind}.{field}" for kind, fields in whole.items() for field in fields} | {"Teacher.base_url"}
     unread = leaves() - tiny_reads - shown
     assert len(leaves()) > 100 and not unread, sorted(unread)
@@ -302,8 +311,8 @@ def test_phi4_14b_is_the_papers():
     assert big.midtrain.long_tokens == paper.MIDTRAINING["long_over"] and big.midtrain.lr == pytest.approx(paper.MIDTRAINING["lr_ratio"] * big.pretrain.lr)
     assert (big.sft.lr, big.sft.tokens) == (paper.SFT["lr"], paper.SFT["tokens"])
     assert (big.pts.low, big.pts.high) == (paper.PTS["p_min"], paper.PTS["p_max"])
-    assert big.dpo.counts == dict(problem=paper.TABLE_7["math"], code=paper.TABLE_7["python"], refusal=paper.TABLE_7["unknown + safety"])
-    for section, safety in ((big.dpo, big.dpo.counts["refusal"] / sum(big.dpo.counts.values())), (big.judge, big.judge.refusal_fraction)): assert paper.DPO["safety_fraction_min"] <= safety <= paper.DPO["safety_fraction_max"] and (section.kl_weight, section.loss, section.lora_rank, section.nll_weight) == (0, "sigmoid", 0, 0)
+    assert big.dpo.counts == dict(problem=paper.TABLE_7["math"], code=paper.TABLE_7["python"], refusal=paper.TABLE_7["unknown + safety"] / 2, safety=paper.TABLE_7["unknown + safety"] / 2)
+    for section, safety in ((big.dpo, (big.dpo.counts["refusal"] + big.dpo.counts["safety"]) / sum(big.dpo.counts.values())), (big.judge, big.judge.refusal_fraction)): assert paper.DPO["safety_fraction_min"] <= safety <= paper.DPO["safety_fraction_max"] and (section.kl_weight, section.loss, section.lora_rank, section.nll_weight) == (0, "sigmoid", 0, 0)
     assert big.judge.counts == {f"judge_{kind}": paper.TABLE_8[f"any-vs-any {kind}"] for kind in ("accuracy", "overall")}
 
 

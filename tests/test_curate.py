@@ -1,6 +1,7 @@
 "The organic pipeline: planted defects go, traps stay, labels decide nothing."
 import gzip
 import json
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -118,7 +119,7 @@ def lines(folder, *rows):
     return dict(path=str(folder/'a.jsonl'), name=None, split='train', text='text', answer='answer', limit=None)
 
 
-def tables(**source): return from_files(dict(pages=None, documents={}, questions=None, conversations=None, trivia=None, benchmarks={}) | source)
+def tables(**source): return from_files(dict(pages=None, documents={}, questions=None, conversations=None, trivia=None, safety=None, benchmarks={}) | source)
 
 
 @pytest.mark.parametrize('where, row, says', [
@@ -209,6 +210,23 @@ def test_a_mistake_in_the_last_set_is_found_before_the_first_is_read(tmp_path, m
     long = lines(tmp_path, *[dict(text='a')] * 50)
     with pytest.raises(ValueError, match='no file matches'): tables(documents={'web': long}, benchmarks={'b': long | dict(path=str(tmp_path/'none.jsonl'))})
     assert all(limit == 1 for _, limit in read)
+
+
+ASKED, SAYS = dict(role='user', content='How?'), lambda text: dict(role='assistant', content=text)
+
+@pytest.mark.parametrize('row', [dict(prompt='How?', chosen='No.', rejected='So.'), dict(prompt='How?', chosen=[ASKED, SAYS('No.')], rejected=[ASKED, SAYS('So.')]),
+    dict(chosen=[ASKED, SAYS('No.')], rejected=[ASKED, SAYS('So.')]), dict(prompt=[ASKED], chosen='No.', rejected='So.'), dict(prompt=[ASKED], chosen=[SAYS('No.')], rejected=[SAYS('So.')])])
+def test_a_pair_is_read_in_each_of_the_published_ways(tmp_path, row):
+    files = lines(tmp_path, row) | dict(prompt='prompt', chosen='chosen', rejected='rejected')
+    [pair] = tables(documents={}, safety=files)['safety']
+    assert pair == dict(id=f"{files['path']}/0", messages=[ASKED], chosen='No.', rejected='So.', source='safety')
+
+
+@pytest.mark.parametrize('row, says', [(dict(prompt='How?', chosen='No.'), "no column 'rejected'; it has"), (dict(chosen='No.', rejected='So.'), 'a.jsonl, row 1 has no prompt: name its column'),
+    (dict(prompt='How?', chosen='No.', rejected=' '), "column 'rejected' holds ' ', not text"), (dict(prompt='How?', chosen='No.', rejected=3), "row 1, column 'rejected': column 'messages' holds 3"),
+    (dict(chosen=[ASKED], rejected=[ASKED]), "the chat in column 'chosen' ends with the role user"), (dict(chosen=[ASKED, SAYS('No.')], rejected=[SAYS('So.')]), "differ before their last turn")])
+def test_a_pair_that_is_none_is_named(row, says):
+    with pytest.raises(ValueError, match=re.escape(says)): collect.as_pair(row, 1, dict(path='a.jsonl', prompt='prompt', chosen='chosen', rejected='rejected'))
 
 
 def test_a_benchmark_is_named_as_a_file_can_be(tmp_path):

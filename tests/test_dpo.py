@@ -524,7 +524,25 @@ def test_a_run_counts_its_pairs_by_source(tiny_run, tmp_path):
     assert Counter(r['meta']['kind'] if r['source'] == 'pts' else 'refusal' for r in by_kind) == dict(problem=10, code=50, refusal=3)
     drawn = lambda seed, **more: [r.get('i', r.get('id')) for r in run.mixed(pairs, dict(sft_data=tmp_path), section.model_copy(update=more), seed)]
     for more in (dict(counts=dict(pts=60), refusal_fraction=0.), {}): assert drawn(1, **more) == drawn(1, **more) != drawn(2, **more)
+    records.save(tmp_path/'safety_pairs.parquet', [r | dict(source='safety') for r in some_pairs(30)], records.PREFERENCE)
+    assert mixed(counts=dict(pts=60, refusal=9, safety=3), refusal_fraction=0.) == dict(pts=60, refusal=9, safety=3)
+    shared = mixed(refusal_fraction=.4)
+    assert shared['pts'] == 90 and shared['refusal'] + shared['safety'] == 60 and min(shared['refusal'], shared['safety']) > 10, 'the fraction is drawn from both'
     with pytest.raises(ValueError, match='pairs of judge_overall, and this run has none'): mixed(counts=dict(judge_overall=3, pts=4))
+
+
+def test_collected_safety_pairs_are_put_into_the_models_tokens(tiny_run, tmp_path):
+    "Equal replies and those beyond the context stay out, and are counted; the rest is as `chat_pair` has it."
+    from phi4_ref.data.collect import PAIR
+    asked = dict(messages=[dict(role='user', content='How many plums?')], source='safety')
+    rows = [asked | dict(id=str(i), chosen=c, rejected=r) for i, (c, r) in enumerate([('No.', 'Five.'), ('No.', 'No.'), ('No.', 'plum ' * 1200), ('plum ' * 1200, 'No.')])]
+    records.save(tmp_path/'collect'/'safety.parquet', rows, PAIR)
+    inputs = dict(collect=tmp_path/'collect', midtrain=tiny_run/'midtrain')
+    assert run.safety_pairs(inputs, tmp_path) == dict(kept=1, equal=1, too_long=2)
+    [pair], tokenizer = records.load(tmp_path/'safety_pairs.parquet'), run.open_tokenizer(tiny_run/'midtrain')
+    assert pair == dpo.chat_pair(tokenizer, asked['messages'], 'No.', 'Five.', id='0', source='safety', meta={})
+    records.save(tmp_path/'collect'/'safety.parquet', [], PAIR)
+    assert run.safety_pairs(inputs, tmp_path/'none') == {} and not (tmp_path/'none').exists()
 
 
 def test_trajectories_in_a_run_read_fewer_tokens_for_the_same_pairs(tiny_run, tmp_path):

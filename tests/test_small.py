@@ -50,6 +50,7 @@ def files(tmp_path_factory):
     write_jsonl(folder/"questions.jsonl", easy[:240])
     write_jsonl(folder/"chats.jsonl", [{"messages": [{"role": "user", "content": p["question"]}, {"role": "assistant", "content": worked(p)}]} for p in easy[240:500]])
     write_jsonl(folder/"trivia.jsonl", [{"question": f"In which year was the {name} founded?", "answer": str(1900 + i)} for i, name in enumerate(["library", "bridge", "museum", "school"] * 3)])
+    write_jsonl(folder/"safety.jsonl", [{"prompt": f"How do I break into the {name}?", "chosen": "I will not help with that.", "rejected": f"Go to the {name} at night."} for name in ("library", "bridge", "museum", "school")])
     (folder/"gsm8k_test.jsonl").write_text("".join((data/"gsm8k/test.jsonl").open().readlines()[:40]))
     return folder
 
@@ -149,7 +150,7 @@ def overrides(files, url, out):
         collect.pages.path={files}/pages.jsonl collect.pages.text=html
         collect.questions.path={files}/questions.jsonl collect.questions.answer=answer collect.conversations.path={files}/chats.jsonl
         collect.trivia.path={files}/trivia.jsonl collect.trivia.split=train collect.trivia.answer=answer
-        collect.benchmarks.gsm8k.path={files}/gsm8k_test.jsonl
+        collect.benchmarks.gsm8k.path={files}/gsm8k_test.jsonl collect.safety.path={files}/safety.jsonl
         curate.annotations=60 curate.min_quality=1.5
         synth.vote_on=160 synth.worked=60 synth.rewrites=40 synth.conversations=12 synth.revisions=10 synth.reversals=30 synth.fim=20
         model.vocab_size=600 model.hidden_size=64 model.num_hidden_layers=2 model.num_attention_heads=4 model.num_key_value_heads=2 model.intermediate_size=128
@@ -157,7 +158,7 @@ def overrides(files, url, out):
         midtrain.tokens=16384 midtrain.context=512 midtrain.batch_size=4 midtrain.lr=5e-4 midtrain.long_tokens=400
         sft.tokens=200000 sft.context=512 sft.batch_size=16 sft.micro_batch_size=16 sft.lr=3e-3 sft_data.candidates=2 sft_data.questions=10 sft_data.refusal_questions=8 sft_data.refusal_samples=2
         pts.questions=24 pts.max_total=400 pts.low=0.01 pts.high=0.99 pts.p_gap=0.1 pts.samples=12 pts.confirm_samples=0 dpo.epochs=1 dpo.batch_size=8
-        judge.prompts=10 judge.batch_size=8 judge.max_new_tokens=24 evaluate.samples=1 evaluate.items=4 evaluate.max_new_tokens=16""".split()]
+        judge.prompts=10 judge.refusal_fraction=0.5 judge.batch_size=8 judge.max_new_tokens=24 evaluate.samples=1 evaluate.items=4 evaluate.max_new_tokens=16""".split()]
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,13 @@ def test_every_stage_of_small_runs_from_local_files(finished):
     out, done, _ = finished
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (out/"final"/"model.safetensors").exists() and "gsm8k" in (out/"report"/"report.md").read_text()
+
+
+def test_safety_pairs_of_a_file_reach_the_judges_training(finished):
+    out, *_ = finished
+    assert load_json(out/"sft_data"/"safety_counts.json") == {"kept": 4, "equal": 0, "too_long": 0}
+    [pair, *_] = [row for row in load(out/"judge"/"pairs.parquet") if row["source"] == "safety"]
+    assert pair["prompt"].startswith("<|im_start|>user<|im_sep|>How do I break into the ") and pair["chosen"] == "I will not help with that.<|im_end|>"
 
 
 def test_the_data_stages_read_what_the_files_hold(finished, files):

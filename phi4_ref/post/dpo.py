@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'PER_TOKEN', 'COUNTS', 'TESTED', 'GROUP', 'LOGITS', 'KINDS'
            'token_margins', 'pair_probs', 'third_mass', 'kl_divergence', 'merge_pair', 'as_reference', 'prefix_states',
            'drift', 'flat_pairs', 'margins', 'preference_loss', 'trajectories', 'collate_tokens', 'collate_answers',
            'pair_rows', 'PairBatches', 'placed', 'reference_margins', 'shuffle_labels', 'mix', 'largest_mixture',
-           'mixture', 'chat_pair', 'check_pairs', 'check_training', 'train_dpo']
+           'mixture', 'chat_pair', 'chat_pairs', 'check_pairs', 'check_training', 'train_dpo']
 
 # %% ../../nbs/52_post.dpo.ipynb #094a3570
 import copy
@@ -535,6 +535,22 @@ def chat_pair(
     chosen_ids, rejected_ids = ((text_ids(tokenizer, text) + [end])[:max_tokens] for text in (chosen, rejected))
     return dict(id=id, prompt=tokenizer.decode(prompt_ids), chosen=tokenizer.decode(chosen_ids), rejected=tokenizer.decode(rejected_ids),
                 prompt_ids=prompt_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids, source=source, meta=meta)
+
+# %% ../../nbs/52_post.dpo.ipynb #5afe0002
+def chat_pairs(
+    rows:list[dict],    # {id, messages, chosen, rejected, source, meta}
+    tokenizer,          # as for `chat_pair`
+    context:int         # longest prompt and reply, tokens
+)->tuple[list[dict], dict]: # PREFERENCE rows; how many were kept and why others were not
+    "Published preference pairs in a model's own tokens (phi-4 §4.2)."
+    kept, counts = [], dict(kept=0, equal=0, too_long=0)
+    for row in rows:
+        pair = chat_pair(tokenizer, row['messages'], row['chosen'], row['rejected'], **{k: row[k] for k in ('id', 'source', 'meta')})
+        long = len(pair['prompt_ids']) + max(len(pair['chosen_ids']), len(pair['rejected_ids'])) > context
+        why = 'equal' if pair['chosen_ids'] == pair['rejected_ids'] else 'too_long' if long else 'kept'
+        counts[why] += 1
+        if why == 'kept': kept.append(pair)
+    return kept, counts
 
 # %% ../../nbs/52_post.dpo.ipynb #b8a4dc89
 def check_pairs(
