@@ -7,11 +7,11 @@ __all__ = ['ROWS', 'CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'SHAR
            'make_teacher', 'collect', 'curate_texts', 'curate', 'synthesise', 'is_first', 'train_settings',
            'training_documents', 'open_checkpoint', 'open_to_train', 'open_tokenizer', 'hub_answers', 'given_tokenizer',
            'share_shards', 'pretraining_data', 'pretrain', 'stress', 'midtrain', 'BaseModelLLM', 'best_answers',
-           'refusals', 'safety_pairs', 'sft_data', 'sft', 'pts', 'pair_tokens', 'with_adapter', 'preference_stage',
-           'mixed', 'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering', 'judge', 'judged', 'stage2_only',
-           'final', 'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen', 'check_all', 'check_training',
-           'data_sets', 'check_data', 'check_supply', 'given_stores', 'check_shares', 'check_teacher', 'check_ahead',
-           'shard_prints', 'needs_again', 'together', 'run_stage', 'keep_config', 'run']
+           'replies_kept', 'knowledge', 'refusals', 'safety_pairs', 'sft_data', 'sft', 'pts', 'pair_tokens',
+           'with_adapter', 'preference_stage', 'mixed', 'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering',
+           'judge', 'judged', 'stage2_only', 'final', 'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen',
+           'check_all', 'check_training', 'data_sets', 'check_data', 'check_supply', 'given_stores', 'check_shares',
+           'check_teacher', 'check_ahead', 'shard_prints', 'needs_again', 'together', 'run_stage', 'keep_config', 'run']
 
 # %% ../nbs/70_run.ipynb #239d8cb8
 import glob
@@ -309,17 +309,15 @@ def midtrain(c, inputs, out):
 # %% ../nbs/70_run.ipynb #33f4722b
 class BaseModelLLM:
     "A base model as an `LLM`: the last message is asked as `Question: ... Answer:`."
-    def __init__(self, model, tokenizer, name:str="base"): self.model, self.tokenizer, self.name = model, tokenizer, name
+    def __init__(self, model, tokenizer, name:str="base", store=None): self.model, self.tokenizer, self.name, self.store = model, tokenizer, name, store  # as for `ModelChat`
 
     def chat(self, conversations, *, temperature=1.0, top_p=1.0, max_tokens=512, seed=0)->list[str]:
         "A reply to each conversation; equal conversations get different samples."
         from phi4_ref.eval.harness import prompt_ids, reply_text, stop_ids
-        from phi4_ref.model.generate import generate
-        from phi4_ref.synth.llm import derive_seed, occurrences
+        from phi4_ref.post.judge import own_replies
         prompts = [prompt_ids({"question": messages[-1]["content"], "kind": "fact", "meta": {}}, self.tokenizer, False) for messages in conversations]
-        seeds = [derive_seed(seed, ids, k) for ids, k in zip(prompts, occurrences(prompts))]
-        done = generate(self.model, prompts, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seeds=seeds, stop_ids=stop_ids(self.tokenizer))
-        return [reply_text(completion.ids, self.tokenizer, False) for completion in done]
+        return own_replies(self.model, prompts, lambda ids: reply_text(ids, self.tokenizer, False), seed=seed, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
+                           stop_ids=tuple(stop_ids(self.tokenizer)), store=self.store, name=self.name)
 
 # %% ../nbs/70_run.ipynb #520affec
 def best_answers(
@@ -338,16 +336,31 @@ def best_answers(
     return rejection_sample(questions, candidates, lambda *_: [[r.get("overall") for r in rows] for rows in read], source="teacher")
 
 # %% ../nbs/70_run.ipynb #63e53413
-def refusals(c, inputs, out, llm):
-    "What the base model knows, and the conversations and pairs that follow from it (phi-4 App. A.1); kept in `out`."
+def replies_kept(
+    out:Path,     # of a stage
+    rank:int,     # of the process
+    whose="",     # "own_" for those of this run's models
+)->Path:          # a file that no other process writes
+    "Where a process keeps replies."
+    return out/(f"{whose}replies-{rank}.sqlite" if rank else f"{whose}replies.sqlite")
+
+def knowledge(c, inputs, out, team):
+    "What the base model answers to the questions of trivia, and how often it is right (phi-4 App. A.1); shared by the processes, whole on the first."
     from phi4_ref.model.generate import inference
-    from phi4_ref.post.refusal import refusal_dpo, refusal_sft, sample_knowledge, write_texts
-    model, tokenizer = open_checkpoint(inputs["midtrain"], **inference(), **c.compute)
+    from phi4_ref.post.refusal import sample_knowledge
+    from phi4_ref.synth.llm import ReplyStore
     trivia = load(inputs["collect"]/"trivia.parquet", QUESTION)[:c.sft_data.refusal_questions]
-    if not trivia: return [], {}
-    known = sample_knowledge(trivia, BaseModelLLM(model, tokenizer), c.sft_data.refusal_samples, seed=c.seed)
-    texts, counts = write_texts(trivia, llm, c.seed)
-    pairs, paired = refusal_dpo(known, texts, tokenizer)
+    own = team.share([q["question"] for q in trivia])
+    if not own: return team.whole([], [])
+    llm = BaseModelLLM(*open_checkpoint(inputs["midtrain"], **inference(), **c.compute), store=ReplyStore(replies_kept(out, team.rank, "own_")))
+    return team.whole(own, sample_knowledge([trivia[i] for i in own], llm, c.sft_data.refusal_samples, seed=c.seed))
+
+def refusals(c, inputs, out, llm, known):
+    "The conversations and pairs that follow from what the base model knows (phi-4 App. A.1); the pairs are kept in `out`."
+    from phi4_ref.post.refusal import refusal_dpo, refusal_sft, write_texts
+    if not known: return [], {}
+    texts, counts = write_texts([r["question"] for r in known], llm, c.seed)
+    pairs, paired = refusal_dpo(known, texts, open_tokenizer(inputs["midtrain"]))
     save(out/"refusal_pairs.parquet", pairs, PREFERENCE)
     return refusal_sft(known, texts), counts | {"usually right": sum(r["p_right"] > 0.5 for r in known)} | paired
 
@@ -363,15 +376,20 @@ def safety_pairs(inputs, out):
 # %% ../nbs/70_run.ipynb #5a2d5791
 def sft_data(c, inputs, out):
     "What fine-tuning learns from: people's and synthetic chats, the best of several answers, refusals (phi-4 §2.4, §4.1, App. A.1)."
+    from phi4_ref.train.checkpoint import Team
+    team = Team()
+    known = knowledge(c, inputs, out, team)
+    if not is_first(): team.wait(); return {}
     llm, s = make_teacher(c, out/"replies.sqlite"), c.sft_data
     rows = load(inputs["collect"]/"conversations.parquet", CONVERSATION) + load(inputs["synth"]/"conversations.parquet", CONVERSATION)
     best, sampled = best_answers(load(inputs["synth"]/"questions.parquet", QUESTION)[:s.questions], llm, s.candidates, c.seed)
     rows += best
     save_json(out/"best_counts.json", sampled)
-    refused, counts = refusals(c, inputs, out, llm)
+    refused, counts = refusals(c, inputs, out, llm, known)
     save_json(out/"refusal_counts.json", counts)
     save(out/"conversations.parquet", rows + refused, CONVERSATION)
     save_json(out/"safety_counts.json", safety_pairs(inputs, out))
+    team.wait()
     return {"chats": len(rows), "refusals": len(refused)}
 
 def sft(c, inputs, out):
@@ -403,7 +421,7 @@ def pts(c, inputs, out):
         save(out/"pairs.parquet", pairs, PREFERENCE)
         save_json(out/"trajectories.json", trajectories)
         save_json(out/"stats.json", counts)
-    team.gather(None)  # the others wait for the trace
+    team.wait()  # the others, for the trace
     return counts
 
 # %% ../nbs/70_run.ipynb #78221d61
@@ -490,25 +508,31 @@ def dpo_full(c, inputs, out):
 def answering(
     c, inputs, out,
     teacher,      # an `LLM`
+    rank:int,     # of this process
 )->list[tuple]:   # (LLM, replies wanted from it)
     "The models whose replies are compared (phi-4 §4.2)."
     from phi4_ref.model.generate import inference
     from phi4_ref.post.judge import ModelChat
-    def other(model): return make_teacher(SimpleNamespace(**vars(c) | {"teacher": c.teacher.model_copy(update={"model": model})}), out/"replies.sqlite")
-    def own(stage): return ModelChat(*open_checkpoint(inputs[stage], **inference(), **c.compute), stage)
+    from phi4_ref.synth.llm import ReplyStore
+    def other(model): return make_teacher(SimpleNamespace(**vars(c) | {"teacher": c.teacher.model_copy(update={"model": model})}), replies_kept(out, rank))
+    def own(stage): return ModelChat(*open_checkpoint(inputs[stage], **inference(), **c.compute), stage, ReplyStore(replies_kept(out, rank, "own_")))
     return [(teacher, 1) if name == "teacher" else (own(name), c.judge.samples) for name in c.judge.models] + [(other(model), 1) for model in c.judge.other_models]
 
 def judge(c, inputs, out):
     "Judge-guided pairs of full-length replies (phi-4 §4.2, App. A.2)."
     from phi4_ref.post.judge import collect_replies, judge_pairs
-    teacher, asked = make_teacher(c, out/"replies.sqlite"), {}
-    tokenizer = open_tokenizer(inputs["dpo"])
+    from phi4_ref.train.checkpoint import Team
+    team, asked = Team(), {}
+    teacher = make_teacher(c, replies_kept(out, team.rank))
     for row in load(inputs["sft_data"]/"conversations.parquet", CONVERSATION): asked.setdefault(row["messages"][0]["content"], row["messages"][:1])
     prompts = list(asked.values())[:c.judge.prompts]
-    replies = collect_replies(prompts, answering(c, inputs, out, teacher), temperature=c.judge.temperature, max_tokens=c.judge.max_new_tokens, seed=c.seed)
-    pairs, counts = judge_pairs(prompts, replies, teacher, tokenizer, c.seed, orders=c.judge.orders)
+    own = team.share([prompt[0]["content"] for prompt in prompts])
+    replies = team.whole(own, collect_replies([prompts[i] for i in own], answering(c, inputs, out, teacher, team.rank), temperature=c.judge.temperature, max_tokens=c.judge.max_new_tokens, seed=c.seed))
+    if not is_first(): team.wait(); return {}
+    pairs, counts = judge_pairs(prompts, replies, teacher, open_tokenizer(inputs["dpo"]), c.seed, orders=c.judge.orders)
     save(out/"pairs.parquet", mixed(pairs, inputs, c.judge, c.seed), PREFERENCE)
     save_json(out/"counts.json", counts)
+    team.wait()
     return {"pairs": len(pairs), "prompts": len(prompts)}
 
 # %% ../nbs/70_run.ipynb #633d639c
@@ -741,7 +765,7 @@ def needs_again(folder, stage, config, inputs):
 
 # %% ../nbs/70_run.ipynb #54f04663
 TRAINED = ("pretrain", "midtrain", "sft", "dpo", "dpo_shuffled", "dpo_full", "stage2_only", "final")
-SHARED = (*TRAINED, "pts", "eval")  # stages that many processes can share
+SHARED = (*TRAINED, "sft_data", "pts", "judge", "eval")  # stages that many processes can share
 
 def together(
     stage:Stage,

@@ -181,6 +181,14 @@ def search_and_evaluate(out):
     run_stages(config, 'pts')
     run_stages(config, 'eval', force=True)
 
+def ask_and_judge(out):
+    "The two stages in which a run's own models reply."
+    import phi4_ref.run as stages
+    from phi4_ref.config import load_config
+    config = load_config(Path(out)/'config.yaml', [f'out={out}'])
+    for stage in stages.STAGES:
+        if stage.name in ('sft_data', 'judge'): stages.run_stage(config, stage, '', False, False)
+
 def poisoned(out):
     try: run(out, Ragged(poison=4), replace(SETTINGS, skip_sigma=None))
     except FloatingPointError as e: (Path(out)/f'error_{RANK}').write_text(str(e))

@@ -13,7 +13,7 @@ from phi4_ref.config import load_config
 from phi4_ref.model.tokenizer import train_tokenizer
 from phi4_ref.post import judge
 from phi4_ref.records import load, load_json
-from phi4_ref.synth.llm import Stored
+from phi4_ref.synth.llm import ReplyStore, Stored
 from phi4_ref.train.sft import rejection_sample
 
 TOKENIZER = train_tokenizer(['good bad fine poor reply to the question'] * 3, 320)
@@ -164,6 +164,34 @@ class Late(Scripted):
     def chat(self, chats, **sampling): return super().chat(chats, **sampling) if self.calls < 1 else ['None of them.'] * len(chats)
 
 
+def test_replies_of_an_own_model_are_made_once(tmp_path, monkeypatch):
+    "A kill costs the chunk that was being made; other weights, seeds and sampling have replies of their own."
+    import torch
+
+    from phi4_ref.model.transformer import ModelConfig, Transformer
+    torch.manual_seed(0)
+    model, real, made = Transformer(ModelConfig(320, 32, 1, 2, 1, 64, 64)), judge.generate, []
+    def generate(model, prompts, **how):
+        if len(made) == 2: raise KeyboardInterrupt
+        made.append(len(prompts))
+        return real(model, prompts, **how)
+    monkeypatch.setattr(judge, 'generate', generate)
+    store, how = ReplyStore(tmp_path/'own.sqlite'), dict(seed=1, stop_ids=(), temperature=1., top_p=1., max_tokens=4)
+    ask = lambda store=None, prompts=[[i % 5, 7] for i in range(10)], **more: judge.own_replies(model, prompts, str, store=store, **how | dict(chunk=4) | more)
+    with pytest.raises(KeyboardInterrupt): ask(store)
+    assert made == [4, 4] and len(store) == 8
+    made.clear()
+    got = ask(store)
+    assert made == [2] and len(set(got)) == 10, 'equal prompts get different samples'
+    made.clear()
+    assert ask(store) == got and made == []
+    assert ask(chunk=99) == got
+    for change in (dict(name='other'), dict(seed=2), dict(temperature=.5), dict(max_tokens=3)):
+        made.clear()
+        assert ask(store, chunk=99, **change) != got or change == dict(name='other')
+        assert made == [10], change
+
+
 def judge_stage(tiny_run, out, *changes):
     "The stage `judge` of the unbroken tiny run, with other settings."
     stage = next(s for s in run.STAGES if s.name == 'judge')
@@ -206,7 +234,7 @@ def test_further_models_answer_where_the_teacher_is_served(tiny_run, tmp_path, m
     monkeypatch.setenv('OPENAI_API_KEY', 'any')
     remote = load_config('small', ['judge.other_models=[second, third]', 'judge.models=[teacher, dpo]', 'judge.samples=3'])
     c = SimpleNamespace(seed=0, collect=remote.collect, teacher=remote.teacher, judge=remote.judge, compute=dict(attention='eager'))
-    answering = run.answering(c, {'dpo': tiny_run/'dpo'}, tmp_path, run.make_teacher(c, None))
+    answering = run.answering(c, {'dpo': tiny_run/'dpo'}, tmp_path, run.make_teacher(c, None), 0)
     assert [(llm.name, n) for llm, n in answering] == [(remote.teacher.model, 1), ('dpo', 3), ('second', 1), ('third', 1)] and answering[1][0].model.attention == 'eager'
 
 

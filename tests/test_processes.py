@@ -232,6 +232,20 @@ def test_search_and_evaluation_are_shared(tiny_run, tmp_path):
     drawn = [len(ReplyStore(two/'pts'/name)) for name in ('rollouts.sqlite', 'rollouts-1.sqlite')]
     assert min(drawn) > 0 and sum(drawn) >= len(ReplyStore(one/'pts'/'rollouts.sqlite'))  # the trace's question may be the other's, and is drawn again
 
+def test_what_the_runs_own_models_reply_is_shared(tiny_run, tmp_path):
+    "Two processes ask the base model its trivia, and collect the judge's replies, as one does; each keeps its own."
+    from phi4_ref.records import load, load_json
+    from test_run import begun
+    folder = begun(tiny_run, tmp_path/'two', 'final')
+    for stage in ('sft_data', 'judge'): shutil.rmtree(folder/stage)
+    launch('ddp', 'ask_and_judge', folder)
+    for name in ('sft_data/conversations.parquet', 'sft_data/refusal_pairs.parquet', 'judge/pairs.parquet', 'sft_data/refusal_counts.json', 'judge/counts.json'):
+        read = load if name.endswith('parquet') else load_json
+        assert read(folder/name) == read(tiny_run/name), name
+    for stage in ('sft_data', 'judge'):
+        kept = [len(ReplyStore(run/stage/name)) for run, name in ((tiny_run, 'own_replies.sqlite'), (folder, 'own_replies.sqlite'), (folder, 'own_replies-1.sqlite'))]
+        assert kept[0] == kept[1] + kept[2] and min(kept) > 0, stage
+
 def test_the_command_under_accelerate(tiny_run, tmp_path):
     "A stage that trains is shared; one that does not says that it belongs to one process."
     from phi4_ref.model.pretrained import from_pretrained

@@ -196,11 +196,24 @@ class Team:
         "This process's share: every n-th."
         return rows[self.rank::self.size]
 
+    def share(self, keys)->list[int]:
+        "The numbers of this process's share of some work; equal keys stay together, so that what is sampled of them does not depend on the number of processes."
+        first = {}
+        return [i for i, key in enumerate(keys) if first.setdefault(key, len(first)) % self.size == self.rank]
+
+    def whole(self, numbers, values)->list:
+        "What all shares came to, in order, on the first process; on the others nothing."
+        return [value for _, value in sorted((pair for part in self.gather(list(zip(numbers, values))) for pair in part), key=lambda pair: pair[0])]
+
     def gather(self, value)->list:
         "The values of all processes, in their order, on the first; on the others nothing."
         values = [value] * self.size if self.rank == 0 else None
         if self.size > 1: dist.gather_object(value, values, group=self.group)
         return values or []
+
+    def wait(self):
+        "Until all processes are here, however long one works alone."
+        self.gather(None)
 
 # %% ../../nbs/39_train.checkpoint.ipynb #b397a087
 def save(
