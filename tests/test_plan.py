@@ -202,3 +202,18 @@ def test_mistakes_are_one_line_and_status_2(monkeypatch, args, message):
 def test_a_gpu_given_by_its_numbers(monkeypatch):
     code, out, err = said(monkeypatch, "small", "--gpu", "my own", "--peak-tflops", "100", "--memory-gb", "32")
     assert code == 0 and "100 TFLOP/s" in out and "32 GB" in out
+
+
+def test_given_shards_are_counted(tmp_path):
+    "What they hold, and how often the budget reads it; not yet made, the plan says so and goes on."
+    from phi4_ref.data.shards import load_shards, write_shards
+    from phi4_ref.model.tokenizer import train_tokenizer
+    tokenizer = train_tokenizer(["plum and plum"] * 3, 300)
+    write_shards([{"text": "a plum " * 200, "source": "web"}, {"text": "a plum " * 50, "source": "code"}], tokenizer, tmp_path/"shards", workers=1)
+    tokens = {source: store.size for source, store in load_shards(tmp_path/"shards").items()}
+    given = ["pretrain.tokenizer=any", "pretrain.fractions={web: 0.5, code: 0.25, synthetic: 0.25}", "pretrain.tokens=1000000"]
+    lines = planning.epochs_text(load_config("toy", [*given, f"pretrain.shards=[{tmp_path}/shards]"])).splitlines()
+    assert planning.given_tokens(load_config("toy", [*given, f"pretrain.shards=[{tmp_path}/shards]"])) == tokens | {"synthetic": 0}
+    assert lines[1] == f"given shards: web {tokens['web']} ({500_000 / tokens['web']:.3g} epochs, Table 5 has 1.2), code {tokens['code']} ({250_000 / tokens['code']:.3g} epochs, Table 5 has 2.4), synthetic 0 (inf epochs, Table 5 has 13.8)"
+    assert planning.epochs_text(load_config("toy", [*given, "pretrain.shards=[nowhere]"])).splitlines()[1] == "given shards: not read (no directory nowhere with shards)"
+    assert len(planning.epochs_text(load_config("toy")).splitlines()) == 1

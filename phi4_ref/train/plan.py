@@ -9,9 +9,9 @@ __all__ = ['WHOLE_RUN', 'STRATEGIES', 'USABLE', 'NETWORK', 'HOP', 'LAUNCHED', 'I
            'backward_bytes', 'LiveBytes', 'peak_bytes', 'memory', 'mask_bytes', 'share_batch', 'most_gpus',
            'transfer_seconds', 'ring_seconds', 'tree_seconds', 'latency_seconds', 'layout', 'layouts', 'recommended',
            'kv_bytes', 'rollouts', 'decoding_speed', 'stages', 'times', 'choose_device', 'checkpoint_bytes',
-           'unique_tokens', 'Plan', 'masked', 'least', 'some_gpus', 'span', 'checkpointing_warnings', 'warnings_of',
-           'plan', 'assumptions', 'text_table', 'units', 'memory_text', 'time_text', 'sampling_text', 'storage_text',
-           'extra_text', 'plan_text']
+           'unique_tokens', 'given_tokens', 'Plan', 'masked', 'least', 'some_gpus', 'span', 'checkpointing_warnings',
+           'warnings_of', 'plan', 'assumptions', 'text_table', 'units', 'memory_text', 'time_text', 'sampling_text',
+           'storage_text', 'epochs_text', 'extra_text', 'plan_text']
 
 # %% ../../nbs/46_train.plan.ipynb #eae85459
 import math
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ..config import Config, Training, holds_for
+from ..data.shards import load_shards
 from ..model.transformer import ModelConfig, Transformer, flops_per_token
 from ..paper import TABLE_5
 from .devices import DEVICES, Device, find_device
@@ -147,7 +148,7 @@ def saved_bytes(
     per, layers = activation_bytes(shape, element), shape.num_hidden_layers
     if copies is None: copies = working_copies(shape, element)
     inside = layers * per['boundary'] * tokens if checkpointing else layers * per['layer'] * tokens + copies
-    loss = (8 + element * shape.hidden_size) * tokens + 4 * parameters(shape)['output']
+    loss = (1 + element * shape.hidden_size) * tokens + 4 * parameters(shape)['output']
     return inside + per['ends'] * tokens + loss
 
 # %% ../../nbs/46_train.plan.ipynb #7fe6cbf3
@@ -184,7 +185,7 @@ def loss_bytes(
     per, copy = 4 + element % 4, element * table if element < 4 else 0
     second = 8 * min(chunk, tokens - chunk) * shape.vocab_size + per * logits if tokens > chunk else 0  # beside those of the chunk before
     forward = copy + max(8 * logits, second, per * logits + element * table)
-    return max(forward, 4 * table) + (8 + element % 4) * shape.hidden_size * tokens
+    return max(forward, 4 * table) + (4 + element) * shape.hidden_size * tokens
 
 def backward_bytes(
     shape:ModelConfig,
@@ -497,6 +498,13 @@ def unique_tokens(
     "Data that each source needs at Table 5's number of epochs (phi-4 Table 5)."
     return {source: config.pretrain.tokens * share / TABLE_5[source]['epochs'] for source, share in config.pretrain.fractions.items() if share}
 
+def given_tokens(
+    config:Config,
+)->dict:  # source -> tokens; of the sources of the mixture
+    "What the shards hold that a configuration names. ValueError for what cannot be read."
+    stores = load_shards(*config.pretrain.shards)
+    return {source: stores[source].size if source in stores else 0 for source, share in config.pretrain.fractions.items() if share}
+
 # %% ../../nbs/46_train.plan.ipynb #131988a4
 @dataclass
 class Plan:
@@ -707,6 +715,17 @@ def storage_text(
         f'shards: {size(width * sum(unique_tokens(c).values()))} at {width} bytes an id; validation: {span(held_out / (made.gpus * made.device.peak_bf16_flops * made.mfu) / 86400)} in all',
         f'host memory of a machine: {first}, then {size(copy)} for the copy that a checkpoint is written from'])
 
+def epochs_text(
+    config:Config,
+)->str:
+    "The data that pretraining needs, or what there is of it and how often that is read."
+    needed = 'unique tokens at the epochs of Table 5: ' + ', '.join(f'{source} {units(n)}' for source, n in unique_tokens(config).items())
+    if not config.pretrain.shards: return needed
+    try: given = given_tokens(config)
+    except ValueError as error: return f'{needed}\ngiven shards: not read ({error})'
+    reads = {source: config.pretrain.tokens * config.pretrain.fractions[source] / n if n else math.inf for source, n in given.items()}
+    return f'{needed}\ngiven shards: ' + ', '.join(f"{source} {units(n)} ({reads[source]:.3g} epochs, Table 5 has {TABLE_5[source]['epochs']:g})" for source, n in given.items())
+
 def extra_text(
     made:Plan,
 )->str:
@@ -714,8 +733,7 @@ def extra_text(
     c, p = made.config, parameters(shape_of(made.config))
     return '\n'.join([
         f'parameters: {p["all"]:,} ({units(p["layers"])} in layers, {units(p["embedding"])} embedding, {units(p["output"])} output); {c.pretrain.tokens / p["all"]:,.0f} tokens a parameter',
-        sampling_text(made), storage_text(made),
-        'unique tokens at the epochs of Table 5: ' + ', '.join(f'{source} {units(n)}' for source, n in unique_tokens(c).items())])
+        sampling_text(made), storage_text(made), epochs_text(c)])
 
 # %% ../../nbs/46_train.plan.ipynb #2710d5ed
 def plan_text(
