@@ -210,3 +210,12 @@ def test_other_weights_under_the_same_name_are_another_model(made):
     with torch.no_grad():
         for p in model.parameters(): p += 1e-3
     assert weights_id(model) != before
+
+
+def test_an_own_oracle_may_have_an_answer_of_any_shape(tmp_path):
+    "It reads the row; a list of answers is no mistake then, and without an own oracle it is."
+    rows = [dict(q="How many?", a=["4", "four"]), dict(q="And now?", a=None), dict(q="Then?", a=["5"])]
+    (tmp_path/"q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_questions(str(tmp_path/"q.jsonl"), "q", "a", own_oracle=True)
+    assert [r["answer"] for r in read] == [""] * 3 and [r["meta"]["a"] for r in read] == [row["a"] for row in rows]
+    with pytest.raises(ValueError, match="neither text nor a number"): read_questions(str(tmp_path/"q.jsonl"), "q", "a")

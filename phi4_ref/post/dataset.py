@@ -204,7 +204,8 @@ def read_questions(
     rows = []
     for i, row in enumerate(stream_rows(data, name, split, limit)):  # numbered: a rollout's seed holds the id, and must not change with the path
         if own_oracle:
-            asked = as_question({answer: None, **row}, i, source)
+            plain = isinstance(row.get(answer), str | int | float | None)
+            asked = as_question(row | {answer: row.get(answer) if plain else None}, i, source)  # an answer of another shape is the oracle's business
             rows.append(asked | dict(id=str(i), meta={**row, **asked['meta']}))
             continue
         asked = as_question(row, i, source) | dict(id=str(i))
