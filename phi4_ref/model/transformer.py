@@ -21,8 +21,7 @@ try: from flash_attn import flash_attn_varlen_func
 except ImportError: flash_attn_varlen_func = None  # optional: pip install phi4_ref[gpu]
 
 # %% ../../nbs/11_model.transformer.ipynb #11f1c5a2
-for function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.tanh, torch.erf):
-    for dtype in (torch.float32, torch.float64): function(torch.ones(1, dtype=dtype))
+[function(torch.ones(1, dtype=dtype)) for function in (torch.exp, torch.log, torch.sqrt, torch.sin, torch.cos, torch.tanh, torch.erf) for dtype in (torch.float32, torch.float64)];
 
 # %% ../../nbs/11_model.transformer.ipynb #8d22ecbb
 @dataclass(frozen=True)
