@@ -1,6 +1,7 @@
 "Batches, loss and the training stages."
 import json
 import math
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -605,3 +606,28 @@ def test_rejection_sampling_keeps_the_best_and_counts_the_rest(sets, at_least):
         alike = not numbers and len({t for t, _ in s}) == 1 and at_least is None
         assert (i in kept) == (good or alike)
         if i in kept: assert kept[i]['messages'] == [dict(role='user', content=f'q{i}'), dict(role='assistant', content=next(t for t, v in s if alike or v == max(numbers)))]
+
+
+KEPT = """
+import resource, sys, torch
+from pathlib import Path
+from phi4_ref.train.loop import keep_freed_memory
+def rss(): return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()
+def steps(n=5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n): kept = [torch.ones(2**21) for _ in range(12)]; del kept
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+steps()
+with keep_freed_memory(torch.device('cpu')):
+    steps()
+    again, inside = steps(), rss()
+print(again, inside, rss())
+"""
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc only')
+def test_freed_memory_stays_with_the_process_and_goes_when_training_ends():
+    "100 MB that every step frees are asked for once; after the block the system has them back."
+    done = subprocess.run([sys.executable, '-c', KEPT], capture_output=True, text=True, check=True)
+    again, inside, after = map(int, done.stdout.split())
+    assert again < 1000, done.stdout  # pages; 122,720 where they are given back
+    assert inside - after > 80e6, done.stdout
