@@ -7,7 +7,7 @@ __all__ = ['ROWS', 'CHECKPOINTS', 'TEACHER', 'STAGES', 'VERBS', 'TRAINED', 'SHAR
            'make_teacher', 'collect', 'curate_texts', 'curate', 'synthesise', 'is_first', 'train_settings',
            'training_documents', 'open_checkpoint', 'open_to_train', 'open_tokenizer', 'hub_answers', 'given_tokenizer',
            'share_shards', 'pretraining_data', 'pretrain', 'stress', 'midtrain', 'BaseModelLLM', 'best_answers',
-           'replies_kept', 'knowledge', 'refusals', 'safety_pairs', 'sft_data', 'sft', 'pts', 'pair_tokens',
+           'store_file', 'knowledge', 'refusals', 'safety_pairs', 'sft_data', 'sft', 'pts', 'pair_tokens',
            'with_adapter', 'preference_stage', 'mixed', 'pivotal_pairs', 'dpo', 'dpo_shuffled', 'dpo_full', 'answering',
            'judge', 'judged', 'stage2_only', 'final', 'asked_of', 'evaluate_checkpoint', 'evaluate', 'report', 'chosen',
            'check_all', 'check_training', 'data_sets', 'check_data', 'check_supply', 'given_stores', 'check_shares',
@@ -336,13 +336,13 @@ def best_answers(
     return rejection_sample(questions, candidates, lambda *_: [[r.get("overall") for r in rows] for rows in read], source="teacher")
 
 # %% ../nbs/70_run.ipynb #63e53413
-def replies_kept(
-    out:Path,     # of a stage
-    rank:int,     # of the process
-    whose="",     # "own_" for those of this run's models
-)->Path:          # a file that no other process writes
-    "Where a process keeps replies."
-    return out/(f"{whose}replies-{rank}.sqlite" if rank else f"{whose}replies.sqlite")
+def store_file(
+    out:Path,  # of a stage
+    name:str,  # what is kept: "replies" of the teacher, "own_replies", "rollouts"
+    rank:int,  # of the process
+)->Path:       # a file that no other process writes
+    "Where a process keeps what it has sampled."
+    return out/(f"{name}-{rank}.sqlite" if rank else f"{name}.sqlite")
 
 def knowledge(c, inputs, out, team):
     "What the base model answers to the questions of trivia, and how often it is right (phi-4 App. A.1); shared by the processes, whole on the first."
@@ -352,7 +352,7 @@ def knowledge(c, inputs, out, team):
     trivia = load(inputs["collect"]/"trivia.parquet", QUESTION)[:c.sft_data.refusal_questions]
     own = team.share([q["question"] for q in trivia])
     if not own: return team.whole([], [])
-    llm = BaseModelLLM(*open_checkpoint(inputs["midtrain"], **inference(), **c.compute), store=ReplyStore(replies_kept(out, team.rank, "own_")))
+    llm = BaseModelLLM(*open_checkpoint(inputs["midtrain"], **inference(), **c.compute), store=ReplyStore(store_file(out, "own_replies", team.rank)))
     return team.whole(own, sample_knowledge([trivia[i] for i in own], llm, c.sft_data.refusal_samples, seed=c.seed))
 
 def refusals(c, inputs, out, llm, known):
@@ -411,7 +411,7 @@ def pts(c, inputs, out):
     p, questions = c.pts, [q for q in load(inputs["synth"]/"questions.parquet", QUESTION) if q["kind"] in c.pts.kinds][:c.pts.questions]
     if not questions: raise ValueError(f"no question of the kinds {', '.join(p.kinds)} among those of {inputs['synth']}: widen pts.kinds, or raise synth.vote_on")
     team = Team()
-    sampler = stored(model_sampler(model, stop_ids(tokenizer), p.temperature), out/(f"rollouts-{team.rank}.sqlite" if team.rank else "rollouts.sqlite"), f"sft, temperature {p.temperature}" + (", bfloat16" if where["dtype"].itemsize == 2 else ""))
+    sampler = stored(model_sampler(model, stop_ids(tokenizer), p.temperature), store_file(out, "rollouts", team.rank), f"sft, temperature {p.temperature}" + (", bfloat16" if where["dtype"].itemsize == 2 else ""))
     pairs, trajectories, counts = search(questions, [prompt_ids(q, tokenizer, True) for q in questions], sampler, tokenizer, max_total=p.max_total, n_samples=p.samples,
         filter_samples=p.filter_samples, trajectories=p.trajectories, p_gap=p.p_gap, band=(p.low, p.high), segments=p.segments, confirm_samples=p.confirm_samples, fdr=p.fdr, seed=c.seed, team=team)
     by_id = {q["id"]: q for q in questions}
@@ -514,8 +514,8 @@ def answering(
     from phi4_ref.model.generate import inference
     from phi4_ref.post.judge import ModelChat
     from phi4_ref.synth.llm import ReplyStore
-    def other(model): return make_teacher(SimpleNamespace(**vars(c) | {"teacher": c.teacher.model_copy(update={"model": model})}), replies_kept(out, rank))
-    def own(stage): return ModelChat(*open_checkpoint(inputs[stage], **inference(), **c.compute), stage, ReplyStore(replies_kept(out, rank, "own_")))
+    def other(model): return make_teacher(SimpleNamespace(**vars(c) | {"teacher": c.teacher.model_copy(update={"model": model})}), store_file(out, "replies", rank))
+    def own(stage): return ModelChat(*open_checkpoint(inputs[stage], **inference(), **c.compute), stage, ReplyStore(store_file(out, "own_replies", rank)))
     return [(teacher, 1) if name == "teacher" else (own(name), c.judge.samples) for name in c.judge.models] + [(other(model), 1) for model in c.judge.other_models]
 
 def judge(c, inputs, out):
@@ -523,7 +523,7 @@ def judge(c, inputs, out):
     from phi4_ref.post.judge import collect_replies, judge_pairs
     from phi4_ref.train.checkpoint import Team
     team, asked = Team(), {}
-    teacher = make_teacher(c, replies_kept(out, team.rank))
+    teacher = make_teacher(c, store_file(out, "replies", team.rank))
     for row in load(inputs["sft_data"]/"conversations.parquet", CONVERSATION): asked.setdefault(row["messages"][0]["content"], row["messages"][:1])
     prompts = list(asked.values())[:c.judge.prompts]
     own = team.share([prompt[0]["content"] for prompt in prompts])
